@@ -163,7 +163,7 @@ def test_batches_that_are_not_equally_large_are_refused_in_every_process(folder)
     for rank in (0, 1):
         message = json.loads((folder / f"refused-{rank}.json").read_text())
         assert "2/2/2/2 and 3/3/3/3 texts" in message
-        assert "give all equally many" in message
+        assert "need batches of equal size" in message
 
 
 def main(folder):

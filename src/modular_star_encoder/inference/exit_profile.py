@@ -280,7 +280,7 @@ def load_at_budget(
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str], file: str | os.PathLike[str] | None = None) -> ExitProfile:
-    """Load a profile from `file`, by default the checkpoint's `exit_profile.json`; warn if it is of another machine."""
+    """Load a profile from `file`, by default the checkpoint's exit_profile.json; warn if it is from another machine."""
     check_checkpoint(checkpoint)
     if file is None:
         file = checkpoint_file(checkpoint, PROFILE_NAME) or Path(checkpoint, PROFILE_NAME)

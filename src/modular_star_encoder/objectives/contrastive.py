@@ -25,10 +25,11 @@ def losses_from_embeddings(
     settings: ContrastiveSettings | None = None,
     logit_scale: torch.Tensor | float | None = None,
 ) -> ObjectiveOutput:
-    """Return each exit's loss: the CLIP loss (arXiv 2103.00020, figure 3) and all terms with a weight in `settings`.
+    """Return each exit's loss: the CLIP loss (arXiv 2103.00020, figure 3) plus the terms with a weight in `settings`.
 
-    `stacks` is {side: L2-normalised embeddings (E exits, B texts, D)}. In each set of `settings.pairs`, this process's
-    anchors are scored against all processes' positives and negatives, and its positives against all anchors.
+    `stacks` has the L2-normalised embeddings (E exits, B texts, embedding size) of each side (list of texts) that
+    `settings.pairs` names. For each set of pairs, the anchors of this process are scored against the positives and
+    negatives of all processes, and its positives against the anchors of all processes.
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
@@ -72,7 +73,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weight of each exit's scores in the teacher of exit e; zeros without teacher
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return (E,): each exit's mean over its sizes; `found` is {embedding size: values of exits with this size}."""
+        """Return each exit's mean over its embedding sizes; `found` is {size: values of the exits with this size}."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 
@@ -91,7 +92,7 @@ def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.T
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
-    """Return each exit's teacher, as index in `exit_layers`; `chosen`: "deepest", "next_deeper" or an exit."""
+    """Return each exit's teacher, as index in `exit_layers`; `chosen` is "deepest", "next_deeper" or an exit."""
     last = len(exit_layers) - 1
     if chosen == "next_deeper":
         return [min(place + 1, last) for place in range(last + 1)]
@@ -100,7 +101,7 @@ def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
 
 
 def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
-    """Return (E,): the mean over texts of 1 - cosine(exit e, exit `target[e]`), or 0 if exit e is its own target."""
+    """Return each exit's mean over texts of 1 - cosine(own embedding, target exit's); 0 if it is its own target."""
     cosines = nn.functional.cosine_similarity(stack, stack.detach()[target], dim=-1)
     pupils = torch.tensor([float(own != place) for own, place in enumerate(target)], device=stack.device)
     return (1 - cosines).mean(dim=1) * pupils.to(stack.dtype)
@@ -109,7 +110,10 @@ def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
 def _pair_sums(
     pair: Sequence[str], stacks: Mapping[str, torch.Tensor], gathered: Mapping[str, torch.Tensor], scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return {name of a loss or hit count: its sum (E,) over this process's pairs}; losses average both directions."""
+    """Return {name of a loss or hit count: its sum over this process's pairs, by exit}.
+
+    A loss is the mean of two: anchors that search for positives, and positives that search for anchors.
+    """
     anchor, positive, *negatives = pair
     candidates = torch.cat([gathered[side] for side in (positive, *negatives)], dim=1)
     forwards = _row_sums(stacks[anchor], candidates, scoring)
@@ -119,9 +123,10 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """Return {name of a loss or hit count: its sum (E,) over queries `rows` (E, B, D)}, with candidates `columns`.
+    """Return {name of a loss or hit count: its sum over the queries `rows` (E exits, B queries, embedding size)}.
 
-    The positive of query b is candidate r × B + b in the process of rank r. The backward pass computes scores again.
+    The candidates are `columns`, from all processes; candidate r × B + b is the positive of query b of process r. The
+    backward pass computes the scores again, to save memory.
     """
     count = rows.shape[1]
     own = torch.arange(count, device=rows.device) + rank_and_count()[0] * count
@@ -140,7 +145,7 @@ def _add(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return the sums of `_row_sums` for queries `rows` (E, R, D); the positive of query r is `columns[:, own[r]]`."""
+    """Return the sums of `_row_sums` for R queries, `rows`; the positive of query r is the candidate `own[r]`."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}
@@ -175,7 +180,7 @@ def _chunk_sums(
 
 
 def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], cut: int) -> torch.Tensor:
-    """Return cosines (len(places), R, C) of rows and columns by the first `cut` dimensions; `places`: exit indices."""
+    """Return cosines of rows and columns from their first `cut` dimensions, for the exits with the indices `places`."""
     exits, _, size = rows.shape
     if len(places) < exits:  # otherwise indexing would copy for nothing
         rows, columns = rows[places], columns[places]
@@ -185,7 +190,7 @@ def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], 
 
 
 def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring) -> torch.Tensor:
-    """Return each exit's KL divergence from its teacher, (E,): the sum over queries, times temperature²."""
+    """Return each exit's KL divergence from its teacher, summed over the queries, times temperature²."""
     temperature = scoring.settings.distillation_temperature
     # The distillation term must not train the scale.
     scale = scoring.logit_scale.detach() / temperature
@@ -195,7 +200,7 @@ def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring
 
 
 def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: ContrastiveSettings) -> torch.Tensor:
-    """Return a mask (R, C), True for negatives that `settings` mask; `own` (R,): the column of a row's positive."""
+    """Return a mask, True for negatives that `settings` leave out; `own[r]` is the column of the positive of row r."""
     limits = similarities.gather(1, own[:, None])
     if settings.false_negative_factor is not None:
         limits = limits * settings.false_negative_factor
@@ -246,8 +251,8 @@ class ContrastiveObjective:
             exit_layers: the exits to train.
 
         Returns:
-            `losses` (E,), float32 with gradient, the sum of the terms. `terms`: `clip`, and `distillation` and
-            `alignment` if their weights are above 0, multiplied by these weights. `metrics`: `clip_loss`,
+            `losses` of the E exits (E,), float32 with gradient, the sum of the terms. `terms`: `clip`, and
+            `distillation` and `alignment` times their weights, if these are above 0. `metrics`: `clip_loss`,
             `distillation_loss` and `alignment_loss`, without the weights; `clip_accuracy`, the share of anchors whose
             positive is the most similar candidate, at the largest embedding size; `clip_accuracy_smallest`, the same
             at the smallest size in `dimensions`; `clip_accuracy_{anchor}_{positive}` for each of several sets of pairs;
@@ -264,7 +269,7 @@ class ContrastiveObjective:
     def embed(
         self, model: nn.Module, sides: Mapping[str, Mapping[str, Any]], exit_layers: tuple[int, ...]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Return {side: embeddings (E, B, D) with gradient}, and the model's learned logit scale (1,) or None."""
+        """Return {side: embeddings with gradient (exits, texts, size)}, and the learned logit scale (1,) or None."""
 
         def embed(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
             output = model(**inputs, exit_layers=exit_layers)

@@ -36,9 +36,9 @@ class ContrastiveSettings:
     """Settings of `ContrastiveObjective`. The defaults give the paper's loss.
 
     Args:
-        pairs: sets of sides (lists of texts) of a batch, each set with an anchor, a positive and any number of hard
-            negatives, such as `(("query", "document", "negative"),)`. Two sets may share a side, for example:
-            `(("description", "code"), ("code", "translation"))`. The loss is the mean over the pairs of all sets.
+        pairs: which lists of texts of a batch (its *sides*) belong together. Each set names an anchor, a positive and
+            any number of hard negatives, such as `(("query", "document", "negative"),)`. Two sets may share a side, as
+            in `(("description", "code"), ("code", "translation"))`. The loss is the mean over the pairs of all sets.
         logit_scale: multiplier of the similarities, which the paper calls "temperature 10.0". A model with a learned
             scale (`logit_scale_init_value` in its configuration) uses the learned scale instead.
         mini_batch_tokens: largest number of tokens in a mini-batch, padding included. Every mini-batch is embedded
@@ -55,10 +55,10 @@ class ContrastiveSettings:
             teaches noise (benchmarks/results/mini_parallel_ablation.md), so begin with fine-tuned models.
         distillation_weight: weight of the Kullback-Leibler divergence from the teacher's distribution over the
             candidates, at full embedding size, to each exit's distribution.
-        distillation_temperature: divides the logits of teacher and exit. The divergence is multiplied by the squared
-            temperature, which preserves the size of gradients (Hinton et al., arXiv 1503.02531, section 2).
-        alignment_weight: weight of 1 - cosine(exit's embedding, target's embedding). This term brings exits into one
-            space, so that queries embedded at a shallow exit can search documents embedded at a deep exit.
+        distillation_temperature: number that divides the logits of teacher and exit. The divergence is multiplied by
+            the squared temperature, which preserves the size of gradients (Hinton et al., arXiv 1503.02531, section 2).
+        alignment_weight: weight of 1 - cosine(exit's embedding, target's embedding). This term brings all exits into
+            one embedding space, so that queries embedded at a shallow exit can search documents of a deep exit.
         alignment_target: exit to align with, which gets no gradient: `"deepest"`, `"next_deeper"`, or an exit's number.
         false_negative_margin: mask a negative if its similarity at the deepest exit exceeds the positive's similarity
             minus this margin. GISTEmbed (arXiv 2402.16829) compares similarities of a separate model. An untrained
@@ -97,7 +97,7 @@ class ContrastiveSettings:
 
     @property
     def leaves_out_false_negatives(self) -> bool:
-        """Whether the loss leaves out negatives that are probably positives (false negatives)."""
+        """Whether the loss leaves out false negatives: negatives so similar that they are probably positives."""
         return self.false_negative_margin is not None or self.false_negative_factor is not None
 
     def sizes(self, exit_layer: int, embedding_size: int) -> tuple[int, ...]:
@@ -122,7 +122,7 @@ class ContrastiveSettings:
         return [(name, getattr(self, name)) for name, weight in weights.items() if weight]
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int, named: Iterable[int] = ()) -> None:
-        """Raise UserError if a setting or `named` has an exit not in `exit_layers`, or `dimensions` is too large."""
+        """Raise UserError if a setting, or `named`, names an untrained exit, or a size exceeds `embedding_size`."""
         used = [*self._guides(), *(("dimensions", exit_layer) for exit_layer in named)]
         unknown = [f"`{name}` names exit {k}" for name, k in used if isinstance(k, int) and k not in exit_layers]
         if unknown:
@@ -141,7 +141,7 @@ class ContrastiveSettings:
         for pair in self.pairs:
             numbers = [rows[side] for side in pair]
             if len(set(numbers)) > 1 or not numbers[0]:
-                message = f"The sides {', '.join(pair)} have {numbers} rows; give all the same number, at least 1."
+                message = f"The sides {', '.join(pair)} have {numbers} rows; give each the same number, at least 1."
                 raise UserError("contrastive.rows", message)
 
 
@@ -153,7 +153,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gather each side's embeddings from all processes, with gradient: (E, B, D) becomes (E, processes × B, D).
+    """Gather the embeddings (E exits, B texts, D) of each side from all processes into (E, processes × B, D).
 
     The rows of the process with rank r begin at r × B. The backward pass sums the gradients that all processes have for
     a row. If each process computes the loss of its own rows, and a wrapper such as DDP averages gradients, the result

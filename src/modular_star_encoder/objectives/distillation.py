@@ -19,9 +19,10 @@ class DistillationSettings:
     """Weights of the three losses in `DistillationObjective`: cosine, relational and contrastive.
 
     Args:
-        cosine_weight: weight of 1 - cosine(embedding, teacher's vector), the mean over all texts.
+        cosine_weight: weight of the mean over all texts of 1 - cosine(embedding, teacher's vector).
         relational_weight: weight of the Kullback-Leibler divergence from the teacher's distribution over the candidates
-            of a batch to each exit's distribution, the mean of both directions (query → document and back).
+            of a batch to each exit's distribution. Queries are scored against documents, and documents against queries;
+            the two divergences are averaged.
         relational_temperature: number that divides the logits of the relational loss. Logits are similarities times the
             logit scale. The loss is multiplied by the square of the temperature.
         contrastive_weight: weight of the contrastive loss. If it and `relational_weight` are 0, batches need no pairs.
@@ -53,12 +54,12 @@ class DistillationObjective(ContrastiveObjective):
     `contrastive` has a `false_negative_margin` or `false_negative_factor`, the teacher decides which negatives are
     masked (as in GISTEmbed, arXiv 2402.16829). A margin of 0 masks negatives that the teacher ranks above the positive.
 
-    All exits learn the teacher's space, so queries embedded at one exit can be compared with documents embedded at
-    another exit or by the teacher. If training used centred vectors, centre the teacher's vectors before comparing.
+    All exits learn the embedding space of the teacher, so queries embedded at one exit can be compared with documents
+    embedded at another exit or by the teacher. If training used centred vectors, centre the teacher's vectors first.
 
-    A batch may also have texts without a pair, in a side that `contrastive.pairs` does not name. Only the first term,
-    the distance to the teacher's vector, applies to these texts. Several processes and gradient caching
-    (`mini_batch_tokens`) work as in `ContrastiveObjective`.
+    A batch has named lists of texts, its *sides*, such as `query`. Texts in a side that `contrastive.pairs` does not
+    name have no pair: only the first term, the distance to the teacher's vector, applies to them. Several processes and
+    gradient caching (`mini_batch_tokens`) work as in `ContrastiveObjective`.
 
     Args:
         settings: the weights of the three terms.
@@ -84,7 +85,7 @@ class DistillationObjective(ContrastiveObjective):
         super().__init__(contrastive or ContrastiveSettings(logit_scale=20.0, false_negative_margin=0.0))
         self.distillation = as_settings(DistillationSettings, settings)
         if self.settings.distillation_weight or self.settings.alignment_weight:
-            message = "With a teacher model, distillation_weight and alignment_weight of the objective must be 0."
+            message = "With a teacher model, the settings distillation_weight and alignment_weight must be 0."
             raise UserError("distillation.contrastive", f"{message} Set relational_weight and cosine_weight instead.")
         names = {"distillation_weight": "relational_weight", "distillation_temperature": "relational_temperature"}
         relational: dict[str, Any] = {name: getattr(self.distillation, own) for name, own in names.items()}
@@ -95,15 +96,16 @@ class DistillationObjective(ContrastiveObjective):
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
-            batch: {side: inputs} for the sides in `contrastive.pairs` and other sides, such as `text`. If only
-                `cosine_weight` is above 0, any sides are enough. Inputs are `input_ids` and `attention_mask` (B, T),
-                and `teacher` (B, D), the teacher's vectors, of any norm and float dtype. Sides of a pair have equal B.
+            batch: {side: inputs} for the lists of texts that `contrastive.pairs` names, and for others, such as `text`.
+                If only `cosine_weight` is above 0, no pairs are needed. The inputs of B texts of T tokens are
+                `input_ids` and `attention_mask` (B, T), and `teacher`, the teacher's vectors (B, D), of any norm and
+                float dtype. D is the embedding size of the model. The sides of a pair have the same B.
             exit_layers: the exits to train.
 
         Returns:
-            `losses` (E,), float32 with gradient. The terms, multiplied by their weights: `cosine`, `clip` and, if its
-            weight is above 0, `relational`. The metrics: `cosine_loss`, `relational_loss`, `masked_by_teacher` (the
-            share of negatives that are masked) and those of `ContrastiveObjective`.
+            `losses` of the E exits (E,), float32 with gradient. `terms`, multiplied by their weights: `cosine`, `clip`
+            and, if its weight is above 0, `relational`. `metrics`: `cosine_loss`, `relational_loss`,
+            `masked_by_teacher` (the share of negatives that are masked) and those of `ContrastiveObjective`.
 
         Raises:
             UserError: a side of a pair is missing; sides of a pair or processes have different numbers of rows; or the
@@ -135,10 +137,10 @@ class DistillationObjective(ContrastiveObjective):
 
 
 def _unit(side: str, vectors: torch.Tensor | None, stack: torch.Tensor) -> torch.Tensor:
-    """Scale a side's teacher vectors (B, D) to length 1; UserError if their shape is not that of `stack` (E, B, D)."""
+    """Scale the teacher's vectors to length 1; UserError if their shape is not that of one exit's embeddings."""
     if not isinstance(vectors, torch.Tensor) or vectors.shape != stack.shape[1:]:
         shape = tuple(getattr(vectors, "shape", ()))
         found = "no `teacher`" if vectors is None else f"`teacher` of shape {shape}"
-        message = f"Side {side!r} has {found}; give one teacher vector per text: shape {tuple(stack.shape[1:])}."
+        message = f"The batch's {side!r} has {found}; give one vector per text: shape {tuple(stack.shape[1:])}."
         raise UserError("distillation.teacher", message)
     return nn.functional.normalize(vectors.to(torch.promote_types(stack.dtype, torch.float32)), dim=-1)

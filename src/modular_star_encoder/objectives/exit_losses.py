@@ -1,4 +1,4 @@
-"""Output of every objective, weights of the exits, and the objectives of pre-training and classification."""
+"""Output of every objective, weights of the exits' losses, and the objectives of pre-training and classification."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass
 class ObjectiveOutput:
-    """Losses and metrics of one batch."""
+    """What an objective returns: the losses and metrics of one batch at each exit."""
 
     losses: torch.Tensor  # (E,) float32 with gradient, one loss per exit, shallowest first
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # {name: (E,) or ()}, detached
@@ -24,8 +24,9 @@ class Objective(Protocol):
     """A training objective: the trainer calls it with the model, one batch and the exits.
 
     An objective may have a method `check(exit_layers, embedding_size, rotates=…)`, which raises UserError if the
-    objective does not fit the model, or if `rotates` (some steps skip shallow exits) and it needs all exits in a step.
-    An attribute `caches_gradients` is true if only `losses.backward()`, not `torch.autograd.grad`, gives gradients.
+    objective does not fit the model. `rotates` means that some steps skip shallow exits; it is an error if the
+    objective needs all exits in every step. An objective may have an attribute `caches_gradients`, true if only
+    `losses.backward()`, not `torch.autograd.grad`, gives gradients.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
@@ -63,8 +64,9 @@ def exit_weights(
 class InContextObjective:
     """Masked language modelling plus in-context classification at each exit (arXiv 2503.03008, pre-training).
 
-    The model is a `ModularStarEncoderForPreTraining`, possibly wrapped; a batch has `input_ids`, `attention_mask`,
-    `labels` (B, T) and `icc_labels` (B,). The losses are computed in the model's `forward`, which DDP and FSDP2 need.
+    The model is a `ModularStarEncoderForPreTraining`, possibly wrapped. A batch of B rows of T tokens has `input_ids`,
+    `attention_mask` and `labels` (B, T), and `icc_labels` (B,). The losses are computed in the model's `forward`,
+    because DDP and FSDP2 need this.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
@@ -84,7 +86,7 @@ class InContextObjective:
 
 
 class ClassificationObjective:
-    """Cross-entropy of each exit of a `ModularStarEncoderForSequenceClassification`; `labels` (B,) are classes."""
+    """Cross-entropy of each exit of a `ModularStarEncoderForSequenceClassification`; `labels` has a class per text."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
         inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -23,14 +23,14 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Rows of one side of a batch, such as `query`, cut to the first `width` columns; the other columns are padding."""
+    """Some texts of one side of a batch, such as `query`, cut to `width` tokens; all later tokens are padding."""
 
     side: str
     rows: torch.Tensor  # (R,) indices of these rows in the batch
     width: int
 
     def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the model's inputs for the R `rows`: (B, T, …) tensors become (R, width, …), (B, …) become (R, …)."""
+        """Return the model's inputs for R of the B texts; tensors (B, T, …) of T tokens become (R, width, …)."""
         shape, parts = inputs["input_ids"].shape[:2], dict(inputs)
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.shape[:1] == shape[:1]:
@@ -39,9 +39,10 @@ class MiniBatch:
 
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
-    """Cut a batch's sides into mini-batches of at most `tokens` tokens with padding; a longer text is one mini-batch.
+    """Cut the sides of a batch, such as `query`, into mini-batches of at most `tokens` tokens, padding included.
 
-    The longest texts come first: this saves padding, and a lack of memory shows at once. Left padding counts as text.
+    A text with more tokens is a mini-batch of its own. The longest texts come first: this saves padding, and a lack of
+    memory shows at once. Padding on the left counts as text.
     """
     mini_batches = []
     for side, inputs in sides.items():
@@ -59,7 +60,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
 
 
 def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
-    """Return `count` mini-batches (at most the number of rows), made by halving the largest one again and again."""
+    """Halve the largest mini-batch again and again until there are `count`; `count` is at most the number of rows."""
     mini_batches = list(mini_batches)
     while len(mini_batches) < count:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))
@@ -77,9 +78,10 @@ Embed = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
 def embed_sides(
     model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], settings: ContrastiveSettings
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Embed all sides, such as `query`, at all exits; return {side: (E, B, D)} and the learned logit scale or None.
+    """Embed the texts of all sides, such as `query`; return {side: embeddings} and the learned logit scale or None.
 
-    `embed` gets the inputs of some rows of a side. Under DDP, gradients are synchronised in the last mini-batch only.
+    Embeddings are (E, B, D): E exits, B texts, D components. `embed` computes them for some texts of a side. Under DDP,
+    gradients are synchronised in the last mini-batch only.
     """
     device = next(iter(sides.values()))["input_ids"].device
     if settings.mini_batch_tokens is None:
@@ -88,7 +90,7 @@ def embed_sides(
         return {side: stack for side, (stack, _) in whole.items()}, next(iter(whole.values()))[1]
     model = getattr(model, "_orig_mod", model)
     if packed := [side for side, inputs in sides.items() if "cu_seq_lens_q" in inputs]:
-        message = f"`mini_batch_tokens` needs one row per text, but side {packed[0]!r} is packed into one row."
+        message = f"`mini_batch_tokens` needs one row per text, but the texts of {packed[0]!r} are packed into one row."
         raise UserError("contrastive.mini_batches.packed", message)
     if getattr(model, "static_graph", False):
         message = "`mini_batch_tokens` does not work with DDP's static_graph; set static_graph=False."
@@ -146,6 +148,6 @@ def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, 
     everyones = gathered.tolist()
     if any(others[:-1] != everyones[0][:-1] for others in everyones):
         rows = " and ".join(sorted({"/".join(map(str, others[:-1])) for others in everyones}))
-        message = f"Processes have {rows} texts in their batches; give all equally many: set dataloader_drop_last=True."
+        message = f"Processes have {rows} texts, but need batches of equal size: set dataloader_drop_last=True."
         raise UserError("contrastive.processes", message)
     return max(others[-1] for others in everyones)

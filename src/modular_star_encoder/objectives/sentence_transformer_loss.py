@@ -29,11 +29,12 @@ class MultiExitContrastiveLoss(nn.Module):
     Args:
         model: a SentenceTransformer whose first module is a `ModularStarEncoderForRetrieval`.
         settings: see `ContrastiveSettings`; leave `pairs` at its default, because the columns define the pairs.
-        weights, normalize_weights: weights of the exits' losses, see `exit_weights` (`weighting`, `normalize`).
+        weights, normalize_weights: weights of the exits' losses: `weighting` and `normalize` of `exit_weights`.
         exit_layers: exits to train; all exits of the model by default.
 
     Raises:
-        UserError: the model has another class, or modules other than Pooling and Normalize; or the settings do not fit.
+        UserError: the model is of another class, has modules other than Pooling and Normalize, or does not fit the
+            settings.
         ValueError: the model lacks an exit; the message lists its exits.
 
     Example:
@@ -61,7 +62,7 @@ class MultiExitContrastiveLoss(nn.Module):
             message = "Leave `pairs` at its default: the dataset's columns are anchor, positive and negatives."
             raise UserError("contrastive.pairs", message)
         if others := [name for name in names[1:] if name not in ("Pooling", "Normalize")]:
-            message = f"After the encoder, only Pooling and Normalize are allowed, not {others[0]}."
+            message = f"After the encoder, the model may have only Pooling and Normalize modules, not {others[0]}."
             raise UserError("contrastive.modules", message)
         config = self._encoder().config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
@@ -74,7 +75,7 @@ class MultiExitContrastiveLoss(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Return the weighted loss terms of every exit by name, such as `clip_exit_4`; their sum is the loss.
 
-        `sentence_features` has `input_ids` and `attention_mask` (B, T) for each column; `labels` are not used.
+        `sentence_features` has `input_ids` and `attention_mask` of each column of texts; `labels` are not used.
         UserError if there is only one column, or if columns or processes have different numbers of rows.
         """
         columns = list(sentence_features)
