@@ -38,12 +38,13 @@ class RepositorySettings:
         checkpoint: folder to publish unchanged; use either `checkpoint` or `slice_of`.
         slice_of: NAME or NAME@BRANCH of the earlier entry from whose model this entry's model is cut.
         exit_layer: with `slice_of`, the exit at which the model is cut.
-        only_exit: whether a slice keeps only the projection head of its last exit, as the published slices do.
+        only_exit: whether a slice keeps only the projection head of its last exit, as the paper's published slices do.
         branch: branch of the repository: letters, digits, `_`, and single `.`, `-`, `+` and `/`.
         trained_from: NAME or NAME@BRANCH of the earlier entry from whose model this entry's model was trained.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: files of results, from `mose evaluate` (report.json, or --json) or `mose finetune`
-            (training_log.json); by default results in the training log. A slice has its parent's, at the slice's exits.
+            (training_log.json); by default results in the training log. A slice has the results of the model from
+            which it is cut, at the slice's exits.
         profile: file from `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
         training_log: file from `mose pretrain` or `mose finetune`; by default `training_log.json` in the checkpoint's
             folder or in the folder above, if it exists.
@@ -82,7 +83,7 @@ class RepositorySettings:
         odd += [file for file in sections if os.path.getsize(file) > _MAX_SECTION]
         key, fault = "", ""
         if self.slice_of and given:
-            key, fault = "slice", f"is a slice: remove {', '.join(given)}, which it takes from {self.slice_of}"
+            key, fault = "slice", f"is a slice of {self.slice_of}: remove {', '.join(given)}, which it takes from there"
         elif self.slice_of is None and self.checkpoint is None:
             key, fault = "checkpoint", "needs either `checkpoint` or `slice_of`"
         elif (self.slice_of is None) != (self.exit_layer is None):
@@ -93,8 +94,8 @@ class RepositorySettings:
         elif outside:
             key, fault = "files", f"has {outside[0]!r} in `files`; use a relative path in the repository"
         elif odd:
-            allowed = f"regular files, those in `sections` of at most {_MAX_SECTION:,} bytes"
-            key, fault = "files", f"can't have {odd[0]}; its local files must be {allowed}"
+            allowed = f"regular files, and in `sections` only files of at most {_MAX_SECTION:,} bytes"
+            key, fault = "files", f"can't have the local file {odd[0]}; name {allowed}"
         if key:
             raise UserError(f"hub.manifest.{key}", f"{self.key} {fault}.")
 
@@ -111,7 +112,7 @@ class RepositorySettings:
 
 @settings_class
 class Manifest:
-    """The repositories to publish, and metadata that their cards share.
+    """The repositories to publish, and metadata for the cards of all of them.
 
     Args:
         namespace: user or organisation on the Hub to which the repositories belong.
@@ -171,7 +172,7 @@ def folder_manifest(
 ) -> Manifest:
     """Return a manifest that publishes one checkpoint folder as `repository` ("owner/name").
 
-    Without `license`, the manifest has the licence in the checkpoint's card, else the parent's (see `stored_license`).
+    If `license` is None, the licence is taken from the checkpoint's card, or from its parent's (see `stored_license`).
     """
     check_repository_id(repository)
     namespace, _, name = repository.partition("/")

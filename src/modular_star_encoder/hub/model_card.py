@@ -35,7 +35,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with one row for each of the exits and each other retriever
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of a slice with the exits in `parameters`, {exit_layer: number of parameters}."""
+        """Return the measurements of only the exits in `parameters`, {exit_layer: number of parameters}."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -96,13 +96,13 @@ def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: st
 
 
 def check_card(path: Path) -> None:
-    """Raise UserError if huggingface_hub can't read the metadata of a card, or if the card shows a missing image."""
+    """Raise UserError if huggingface_hub can't read the metadata of a card, or if an image in the card is missing."""
     required = ("library_name", "pipeline_tag", "tags")
     card = load_card(ModelCard, path, required, "hub.card.metadata")
     text = re.sub(r"(?s)(`+).*?\1", "", card.text)  # without code
     for figure in re.findall(r"!\[[^\]]*\]\(([^)\s]+)", text):
         if not re.match(r"https?:|data:", figure) and not (path.parent / figure).is_file():
-            raise UserError("hub.card.figure", f"{path} shows the image {figure}, which does not exist.")
+            raise UserError("hub.card.figure", f"{path} shows the image {figure}, which is missing: add it.")
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
@@ -122,7 +122,7 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """Return (header, rows) of a card's table of measurements, with a column for each exit and each other retriever."""
+    """Return (header, rows) of a card's table of measurements: a column for each exit and each retriever to compare."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
     retrievers = list(dict.fromkeys(row.retriever for row in others))
@@ -162,7 +162,7 @@ _quoted = partial(json.dumps, ensure_ascii=False)  # formats a text as a string 
 
 
 def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
-    """Return the metadata of a card. The base model is the parent, if the parent is in another Hub repository."""
+    """Return the metadata of a card. The parent model is the base model, if it is in another repository of the Hub."""
     base = staged.parent.repository if staged.parent else getattr(staged.config, "parent_repository", None)
     if base is not None:
         check_repository_id(base)

@@ -6,9 +6,9 @@ sentence-transformers' ONNX back end:
     config.json                       a StarCoder2 configuration, which optimum supports, with the exit's sizes
     tokenizer.json, tokenizer_config.json
     modules.json, 1_Pooling/, …       a SentenceTransformer, with module names that all versions accept
-    onnx/model.onnx                   the exit; it is compared with the model before the folder appears
+    onnx/model.onnx                   the exit in float32, compared with the model before the folder appears
     onnx/model_qint8.onnx             the exit with 8-bit weights, if requested
-    onnx/export.json                  differences between outputs; scores of the model and the ONNX files on tasks
+    onnx/export.json                  how much the outputs differ; scores of the model and the ONNX files on tasks
 
 optimum's ONNX package needs transformers below 4.58 (optimum-onnx 0.1.0), which supports neither this model nor the
 tokenizer class of transformers 5. The folder therefore declares another model type and tokenizer class.
@@ -151,7 +151,7 @@ def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = 
 
 
 def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write an ONNX graph; if its weights exceed the limit of one file, they go to `{path}_data`, as servers expect."""
+    """Write an ONNX graph to `path`; if the weights exceed the limit of one file, write them to `{path}_data`."""
     import onnx_ir
 
     tensors = [value.const_value for value in graph.graph.initializers.values()]
@@ -173,7 +173,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Context manager for torch's exporter and ONNX's quantiser: hide all warnings, and remove torch's empty cache."""
+    """Context manager that hides warnings of torch's exporter and ONNX's quantiser, and removes torch's empty cache."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -198,8 +198,8 @@ def check_onnx(
 ) -> dict[str, float]:
     """Return {name of an output: largest difference} between a model at one exit and its ONNX file, on random texts.
 
-    If the model's largest absolute value in a batch is above 1, differences are relative to it. UserError if an output
-    is NaN or differs by more than `tolerance`.
+    If the model's largest absolute value in a batch is above 1, differences are divided by this value. UserError if an
+    output is NaN or differs by more than `tolerance`.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
     largest = dict.fromkeys(OUTPUTS, 0.0)
@@ -256,7 +256,7 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
 
 
 class OnnxFolder(NamedTuple):
-    """The written folder, and a report (None if there are no tasks) with scores of the model and its ONNX files."""
+    """The folder of an export, and a report (None without tasks) with scores of the model and its ONNX files."""
 
     folder: Path
     report: Report | None
@@ -274,11 +274,11 @@ def export_onnx_folder(
     """Export one exit of a retrieval checkpoint (the deepest if None) as a folder for servers that run ONNX.
 
     Raises UserError, and writes no folder, if the float32 ONNX file and the model differ in their outputs for random
-    texts or in their scores on `tasks`. `int8` also writes a file with 8-bit weights, and needs `tasks`. For the
-    default of `out`, see `default_folder`.
+    texts or in their scores on `tasks`. With `int8`, a file with 8-bit weights is written too; this needs `tasks`. If
+    `out` is None, the folder is `default_folder`.
     """
     if int8 and not tasks:
-        raise UserError("hub.onnx.int8", "`int8` needs `tasks`, on which the loss of quality is measured.")
+        raise UserError("hub.onnx.int8", "`int8` needs `tasks`: they measure how much quality 8 bits lose.")
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device="cpu", dtype=torch.float32)
     exit_layer = model.config.num_hidden_layers
     checkpoints.check_servable(model.config)
@@ -312,7 +312,7 @@ def export_onnx_folder(
 
 
 def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
-    """Return the path `{name}-{exit_layer}-{ending}` next to the checkpoint or, for a Hub id, in the working folder."""
+    """Return the path NAME-EXIT-ENDING next to the checkpoint NAME or, for a Hub id, in the working folder."""
     local = local_folder(checkpoint)
     folder = Path(Path(checkpoint).name) if local is None else local.resolve()
     return folder.with_name(f"{folder.name}-{exit_layer}-{ending}")
@@ -347,7 +347,7 @@ def _write_serving_files(
 
 
 class OnnxEncoder(Encoder):
-    """Embeds texts with an ONNX file. Prompts and tokenizer are those of `reference`, the encoder of the model."""
+    """Embeds texts with an ONNX file, and with the prompts and the tokenizer of `reference`, the model's encoder."""
 
     def __init__(self, path: str | os.PathLike[str], reference: ExitEncoder, name: str) -> None:
         self.name, self.exit_layers = name, reference.exit_layers
@@ -380,9 +380,10 @@ def compare_scores(
     *,
     progress: bool = True,
 ) -> Report:
-    """Return a report of scores on `tasks`: of `reference`, a model at one exit, and of its ONNX `files` {name: path}.
+    """Return a report of the scores on `tasks` of a model at one exit, `reference`, and of its ONNX files.
 
-    Raises UserError if a score of the file named "float32" differs from the model's by more than `SCORE_TOLERANCE`.
+    `files` is {name: path}. Raises UserError if a score of the file named "float32" differs from the model's score by
+    more than `SCORE_TOLERANCE`.
     """
     from modular_star_encoder.evaluation.report import make_report
     from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever

@@ -86,8 +86,8 @@ class Publication:
         lines = [f"{change.size:>14,}  {change.kind} {change.path}" for change in self.changes]
         if self.difference is not None:
             lines.append(
-                "verified: no secret, pickle or unexpected file; loaded without this package, all exits give the "
-                f"checkpoint's embeddings, with differences of at most {self.difference:.1e}"
+                "verified: no secret, pickle or unexpected file; the model loads without this package, and gives "
+                f"the checkpoint's embeddings at all exits, with differences of at most {self.difference:.1e}"
             )
         if self.unreachable:
             lines.append(f"not compared with the Hub: {self.unreachable}")
@@ -95,7 +95,7 @@ class Publication:
             lines.append(f"nothing differs from revision {self.revision}")
         elif self.uploaded:
             arguments = f'"{self.repository}", revision="{self.revision}", trust_remote_code=True'
-            lines.append("load it with transformers or sentence-transformers:")
+            lines.append("load the model with transformers or sentence-transformers:")
             lines += [f"  {name}({arguments})" for name in ("AutoModel.from_pretrained", "SentenceTransformer")]
             lines.append("`mose` accepts the repository's name too, for example as --model of `mose search`")
             kind = "private" if self.private else "public"
@@ -114,7 +114,7 @@ def publish(
     api: HfApi | None = None,
     progress: bool = True,
 ) -> list[Publication]:
-    """Stage and verify all repositories of a manifest, then upload them or report the changes.
+    """Stage and verify all repositories of a manifest, then upload them or report what an upload would change.
 
     Staging writes each repository to a folder: checkpoint, SentenceTransformer files, exit profile, figure and card.
     Verification looks for secrets, pickles and unexpected files. It also loads each repository in a new process without
@@ -125,7 +125,7 @@ def publish(
     Args:
         manifest: the repositories; see `load_manifest` (a YAML file) and `folder_manifest` (one checkpoint folder).
         upload: whether to upload; if False, nothing is sent, and the call works without a connection to the Hub.
-        private: whether new repositories are private; existing repositories stay as they are.
+        private: whether new repositories are private; existing repositories stay private or public.
         staging: folder that keeps the staged repositories; it must be empty or not exist. By default, the staged
             repositories are removed.
         api: client of the Hub; by default one for `HF_ENDPOINT`, with the token of `hf auth login` or `HF_TOKEN`.
@@ -179,7 +179,7 @@ def publish(
 
 
 def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
-    """Return the card of the first repository in a manifest; if `out` is given, write the card and its figure there."""
+    """Return the card of a manifest's first repository; if `out` is given, write card and figure to this folder."""
     with scratch_folder("card") as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)
@@ -208,7 +208,7 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Raise UserError for a file that is unsafe, or is neither a weights file nor named in `EXPECTED` or `extra`."""
+    """Raise UserError if a file in `folder` is unsafe, or is neither weights nor named in `EXPECTED` or `extra`."""
     extra = [PurePosixPath(path).as_posix() for path in extra]
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
@@ -253,7 +253,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _compare(staged: StagedRepository, found: Mapping[str, np.ndarray]) -> float:
-    """Return the largest difference of the outputs `found` from the source's; UserError if it is above `TOLERANCE`."""
+    """Return the largest difference between the outputs `found` and the source's; UserError if above `TOLERANCE`."""
     own, dtype = _source_embeddings(staged)
     largest = 0.0
     for name, expected in own.items():
@@ -284,7 +284,10 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[str, np.ndarray],
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Return a `Publication` of what differs from the Hub; if `upload`, commit it; OSError if the branch moves."""
+    """Compare a staged repository with the Hub and, if `upload`, commit the changes; return a `Publication`.
+
+    OSError if another commit changes the branch at the same time.
+    """
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there, _ = _remote(api, repository, branch)
@@ -311,7 +314,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
-    """Return the changes, sorted by path, that turn the Hub's files, `there`, into the files in a folder."""
+    """Return the changes, sorted by path, that make the files on the Hub, `there`, equal to the files in a folder."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     changes = [Change(DELETED, path, there[path].size) for path in set(there) - set(here) - set(KEPT)]
     for path, file in here.items():
@@ -324,7 +327,7 @@ def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
 
 
 def _same(file: Path, there: RepoFile) -> bool:
-    """Return whether a local file equals the Hub's file `there`, by its checksum: SHA-256 in LFS, else git's SHA-1."""
+    """Return whether a local file equals the Hub's file `there`, by its SHA-256 (a file in LFS) or git's SHA-1."""
     with file.open("rb") as content:
         if there.lfs is not None:
             return hashlib.file_digest(content, "sha256").hexdigest() == there.lfs.sha256
@@ -333,7 +336,10 @@ def _same(file: Path, there: RepoFile) -> bool:
 
 
 def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dict[str, RepoFile], bool]:
-    """Return (a branch's latest commit, {path: file}, whether the repository is private); the commit may be None."""
+    """Return (latest commit of `revision`, {path: file}, whether the repository is private).
+
+    The commit is None if the repository or the revision does not exist.
+    """
     try:
         info = api.model_info(repository, revision=revision)
         tree = api.list_repo_tree(repository, revision=info.sha, recursive=True)
@@ -341,5 +347,5 @@ def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dic
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return None, {}, True
     if not fits([one.path for one in files], list[str]) or not fits([one.size for one in files], list[int]):
-        raise OSError(f"The Hub sent a list of the files of {repository} of an unknown form. Check HF_ENDPOINT.")
+        raise OSError(f"The Hub's list of the files of {repository} has an unknown form. Check HF_ENDPOINT.")
     return info.sha, {one.path: one for one in files}, bool(info.private)

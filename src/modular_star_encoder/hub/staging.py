@@ -41,7 +41,10 @@ _USES = {"train": "to train on", "held_out": "held out"}
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write and return a manifest's repositories, each in a folder named by its `key`, with `--` in place of `/`."""
+    """Write the files of each repository of a manifest to a new folder in `folder`; return the staged repositories.
+
+    The name of the new folder is the `key` of the repository's entry, with `--` in place of `/`.
+    """
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
@@ -63,7 +66,7 @@ def _stage(
     model_class = _check_source(source, tokenizer)
     if uncut and entry.exit_layer not in uncut.config.exit_layers:
         exits = ", ".join(map(str, uncut.config.exit_layers))
-        message = f"{entry.key}: exit_layer={entry.exit_layer} must be an exit of {entry.slice_of}: {exits}."
+        message = f"{entry.key}: exit_layer={entry.exit_layer} must be one of the exits of {entry.slice_of}: {exits}."
         raise UserError("hub.staging.exit_layer", message)
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     folder.mkdir(parents=True)
@@ -73,7 +76,7 @@ def _stage(
             weights.unlink()
         for weights in inference.weight_files(source):
             if leads_outside(weights, source):
-                message = f"{weights} is a link to a file outside the folder: put the weights in its place."
+                message = f"{weights} is a link to a file outside the checkpoint: replace the link by the weights."
                 raise UserError("hub.staging.weights", message)
             shutil.copyfile(weights, folder / weights.name)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -84,7 +87,7 @@ def _stage(
         checkpoints.write_sentence_transformer_files(folder, config, published, **own)
     prompts = checkpoints.stored_prompts(folder)
     if retrieval and not {"query", "document_python"} <= set(prompts):
-        message = f"{source} lacks a prompt. Add `query` and `document_python` to config_sentence_transformers.json."
+        message = f"{source} has no prompt `query` or `document_python`: add it in config_sentence_transformers.json."
         raise UserError("hub.staging.prompts", message)
     with torch.device("meta"):  # counts parameters without memory for weights
         parameters = {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
@@ -100,7 +103,7 @@ def _stage(
     for path, file in entry.files.items():
         target = folder / path
         if target.exists() or any(one.is_file() or one == folder / CARD for one in (target, *target.parents)):
-            message = f"{entry.key}: remove {path} from `files`: the repository has another file or folder there."
+            message = f"{entry.key}: remove {path} from `files`: the repository already has a file or folder there."
             raise UserError("hub.staging.files", message)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(user_path(file), target)
@@ -127,11 +130,11 @@ def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularSta
     architecture = str((load_config(source).architectures or [""])[0])
     model_class = checkpoints.class_named(architecture, source)
     if not user_path(tokenizer or source, TOKENIZER).is_file():
-        fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder that has one."
+        fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder with this file."
     elif model_class is ModularStarEncoderPreTrainedModel:
-        fault = f"{source} has the layout of the published models: convert it with `mose slice` at its deepest exit."
+        fault = f"{source} has the layout of the paper's models: convert it by `mose slice` at its deepest exit."
     elif not issubclass(model_class, (ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval)):
-        fault = f"{source} is a {architecture}; only pre-trained and retrieval models can be published."
+        fault = f"{source} has a model of class {architecture}; publish only pre-trained and retrieval models."
     else:
         return model_class
     raise UserError("hub.staging.checkpoint", fault)
@@ -159,7 +162,7 @@ def _training_log(entry: RepositorySettings, source: Path) -> Path | None:
 
 
 def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[str, Any]], str]:
-    """Return facts from the training log as (name, value), and the recipe as YAML; both are empty if unknown."""
+    """Return a list of facts (name, value) on the training, and the recipe as YAML; each is empty if unknown."""
     path = _training_log(entry, source)
     log = _read_settings(path) if path else {}
     try:  # the recipe in a log has the limits of a recipe
@@ -190,7 +193,7 @@ def _section(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8").rstrip()
     except UnicodeDecodeError as error:
-        raise UserError("hub.staging.section", f"{path} in `sections` must be text in UTF-8, but: {error}.") from error
+        raise UserError("hub.staging.section", f"Save {path}, in `sections`, as text in UTF-8: {error}.") from error
     return text if path.suffix == ".md" else f"```{path.suffix[1:]}\n{text}\n```"
 
 
@@ -221,7 +224,7 @@ def without_paths(settings: Any) -> Any:
 
 
 def _weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the weights file, as the Hub shows it; for several files, the SHA-256 of their SHA-256s."""
+    """Return the SHA-256 of the weights file, as the Hub shows it; of several files, that of the list of SHA-256s."""
     digests = []
     for path in sorted(folder.glob("model*.safetensors")):
         with path.open("rb") as file:

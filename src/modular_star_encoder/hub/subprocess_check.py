@@ -1,7 +1,8 @@
 """Load checkpoints as users without this package do: in a new process that can't import this package.
 
-`verify_reload` starts the process, which runs this file: subprocess_check.py FOLDER. It reads FOLDER/requests.json and
-writes the arrays of request N to FOLDER/N.npz. In this file, only `verify_reload` may import this package.
+`verify_reload` starts the process, which runs this file: subprocess_check.py FOLDER. The process reads
+FOLDER/requests.json and writes the arrays of request N to FOLDER/N.npz. In this file, only `verify_reload` may import
+this package.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ class ReloadRequest:
 def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[dict[str, np.ndarray]]:
     """Embed texts with checkpoints in a new offline process, with the model code in each checkpoint's folder.
 
-    Return for each request, which has N texts, a dictionary of these float32 arrays:
+    Return a dictionary of float32 arrays for each request, with N texts, embedding size D and vocabulary size V:
 
         auto_model             embeddings (N, D) from AutoModel, at the deepest exit
         sentence_transformer   embeddings (N, D) from SentenceTransformer, at the deepest exit
@@ -110,7 +111,7 @@ def embed(
 
 
 def embed_batch(model: Any, batch: Mapping[str, Any], **options: Any) -> np.ndarray:
-    """Return embeddings (N, D) float32 of N texts; from a pre-trained model, the normalised means of token states."""
+    """Return embeddings of N texts, float32 (N, size); of a pre-trained model, normalised means of token states."""
     import torch
 
     output = model(**batch, **options)

@@ -196,7 +196,7 @@ def functions(build: Build, out: Path) -> Report:
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # reported now, before the translation is paid for
         if repositories:
-            message = f"All functions are in {repositories.pop()!r}; validation needs a second repository."
+            message = f"All functions are from the repository {repositories.pop()!r}. Add another one, for validation."
             raise UserError("synthconl.build.one_repository", message)
         message = f"`corpus` has no documented function to translate ({_listed(counts)})."
         raise UserError("synthconl.build.empty", message)

@@ -76,7 +76,7 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """REGISTRY/NAME=VERSION: relative path of the package's folder and, plus `.jsonl.gz`, of the file of its rows."""
+        """REGISTRY/NAME=VERSION: relative path of the package's folder and, with `.jsonl.gz`, of its file of rows."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 

@@ -86,7 +86,7 @@ class OpenAIBackend:
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
             raise UserError("synthconl.backend.body", f"Remove {', '.join(fixed)} from `body`: it is set already.")
         if api_key_variable is not None and not api_key_variable.startswith("MOSE_"):
-            must = f"`api_key_variable` must be an environment variable MOSE_…, not {api_key_variable!r}"
+            must = f"`api_key_variable` must be an environment variable named MOSE_…, not {api_key_variable!r}"
             message = f"{must}. Put the server's key in MOSE_API_KEY, and set api_key_variable=MOSE_API_KEY."
             raise UserError("http.token.variable", message)
         try:

@@ -240,7 +240,7 @@ class Run:
 
 
 def _needed(save_only_model: Any, ema_decay: Any) -> tuple[str, ...]:
-    """Return the names of the files without which a run can't continue from a checkpoint, beside the model's."""
+    """Return patterns of the files, besides the model's, without which a run can't continue from a checkpoint."""
     return (*(() if save_only_model else STATES), *((AVERAGE,) if ema_decay else ()))
 
 
@@ -317,10 +317,7 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
         signal.signal(number, before[number])
-        print(
-            "mose: training stops after this step, with a checkpoint; Ctrl-C again stops at once",
-            file=sys.stderr,
-        )
+        print("mose: training stops after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
 
     trainer.add_callback(Stop())
     before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
