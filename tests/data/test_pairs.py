@@ -194,7 +194,7 @@ BAD_IN_JSON = {
     SURROGATES: row(repository_name="\ud800"),
     "not JSON": "[" * 100_000,
     "not a JSON object": "[1]",
-    "no column func2; `columns` names the columns to read": row(without="func2"),
+    "no column func2; name the columns in `columns`": row(without="func2"),
 }
 
 

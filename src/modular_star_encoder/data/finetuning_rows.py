@@ -53,7 +53,10 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize `texts`. Limits include prompt and `<cls>`. `tokenizer` must add `<cls>`, or no token at all."""
+        """Tokenize `texts`. Both token limits include the prompt and special tokens.
+
+        `tokenizer` must add `<cls>` at the end of a text or, like the tokenizer of mose-code, add no tokens at all.
+        """
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -121,11 +124,11 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """A dataset of the items of `steps` batches that `plan` chooses, one batch after another. Do not shuffle it.
+    """The items of `steps` batches that `plan` chooses, one batch after another: read the dataset in order, unshuffled.
 
     An item has `query_ids` and `document_ids`, int64 (T,) for T tokens: the description and first snippet of a row of
     `texts` or, in a code → code pair, two random snippets of the row. If all rows have a hard negative, an item also
-    has `negative_ids`, those of a hard negative.
+    has `negative_ids`, the tokens of a hard negative.
     """
 
     def __init__(
@@ -195,9 +198,7 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
         """Tokenize each snippet of `pairs` once; a pair has at most `max_tokens` tokens, three of them special."""
         check_special_tokens(tokenizer, "sep", "cls")
         if max_tokens < 5:  # three special tokens, and one for each snippet
-            raise UserError(
-                "data.pairs.max_tokens", f"max_tokens must be 5 or more (3 are special), not {max_tokens}."
-            )
+            raise UserError("data.pairs.max_tokens", f"max_tokens must be 5 or more (3 are special), not {max_tokens}.")
         self.pairs = pairs
         self._sep, self._cls, self._room = tokenizer.sep_token_id, tokenizer.cls_token_id, max_tokens - 3
         self._codes = encode_content(tokenizer, pairs.codes, progress=progress, description="Code")

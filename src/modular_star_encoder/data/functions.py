@@ -87,7 +87,7 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """Return the functions of a file (see `find_functions`), or [] if parsing fails. Faults are counted in `counts`."""
+    """Return the functions of a file (see `find_functions`), or [] if parsing fails; errors are added to `counts`."""
     language = language_of_text(file.language, file.path, file.text)
     counts = Counter() if counts is None else counts
     try:
@@ -119,7 +119,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield the functions in `files` that CodeSearchNet's rules keep, also repeated ones; count them in `counts`."""
+    """Yield functions in `files` that CodeSearchNet's rules keep, also repeated ones; add numbers to `counts`."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -153,7 +153,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader with one `SourceFile`, of path `PATH#L{line}`, for each function that is not inside another."""
+    """Return a reader with one `SourceFile`, at `PATH#L{line}`, for each function in `files` that is not in another."""
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         extract = partial(crash_safe_map, _outer_functions, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
@@ -199,7 +199,7 @@ _OPENERS = {
 
 @contextmanager
 def checking_options(key: str, name: str) -> Iterator[None]:
-    """Context manager for a call that takes a recipe's options of `name`; wrong options raise UserError(`key`)."""
+    """Context manager for a call with a recipe's options of the source `name`; wrong ones raise UserError(`key`)."""
     try:
         yield
     except TypeError as error:
@@ -210,9 +210,9 @@ def checking_options(key: str, name: str) -> Iterator[None]:
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     """Return a reader of the source code that a recipe's `corpus` names. The reader applies StarCoder2's filters.
 
-    `settings` is this `corpus`: one of the keys below, which says where the code is; options of this key; and, if you
-    like, `languages` (a list) and `snippets`. The value of `snippets` is `files` (the default), or `functions` to read
-    each function as if it were a file (see `outer_functions`).
+    `settings` is this `corpus`: one of the keys below, which says where the code is; options of this key; and
+    optionally `languages` (a list) and `snippets`. The value of `snippets` is `files` (the default), or `functions` to
+    read each function as if it were a file (see `outer_functions`).
 
     - `folder: PATH`: a folder of repositories; option `depth` (number of levels from PATH down to the repositories);
     - `installed: true`: the installed Python packages; option `exclude` (names of distributions to leave out);

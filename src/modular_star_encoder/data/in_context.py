@@ -4,7 +4,7 @@ The task is that of the MoSE paper (arXiv 2503.03008).
 
 Two snippets of one repository have the same language more often than snippets of two repositories, and their lengths
 are more similar. So a model could guess the label from languages and lengths. The steps below make languages, lengths
-and each single snippet *independent of the label*. The *room* is the number of tokens of both snippets together.
+and each single snippet *independent of the label*. The *room* is the most tokens of both snippets together.
 
 1. **A cell** holds the languages (l₁, l₂) of two texts and their lengths in tokens (t₁, t₂), at most the room. For a
    cell, draw a repository C with a weight, the square root of its number of texts (a compromise between seeing every
@@ -68,9 +68,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or from another tokenizer."""
         check_special_tokens(tokenizer)
         if max_tokens < MIN_ROW_TOKENS:
-            message = (
-                f"max_tokens must be at least {MIN_ROW_TOKENS} (3 are special tokens), not {max_tokens}."
-            )
+            message = f"max_tokens must be at least {MIN_ROW_TOKENS} (3 are special tokens), not {max_tokens}."
             raise UserError("data.in_context.arguments", message)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
             message = "`corpus` was tokenized by another tokenizer: pass that tokenizer."
@@ -208,9 +206,7 @@ class PairSampler:
             if found := self._draw_repositories(rng, cell) or self._draw_repositories(rng, any_length):
                 break
         else:
-            raise RuntimeError(
-                "No two repositories have texts in the same languages: leave out rare languages."
-            )
+            raise RuntimeError("No two repositories have texts in the same languages: leave out rare languages.")
         first, partner = self._draw_texts(rng, found[0], cell)
         first_alternative, stranger = self._draw_texts(rng, found[1], cell)
         longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))

@@ -122,7 +122,7 @@ class TripletColumns:
             message = "`columns` must name columns for `description`, `code` and `language`."
             raise UserError("data.triplets.columns", message)
         if self.negative_language is not None and self.negative is None:
-            message = f"With negative_language={self.negative_language!r}, name `negative`, a column of negatives."
+            message = f"With negative_language={self.negative_language!r}, set `negative`, the column of negatives."
             raise UserError("data.triplets.negative_language", message)
 
     def names(self) -> list[str]:
@@ -154,7 +154,7 @@ def _triplet(
 ) -> RetrievalExample | str:
     """Return the triplet in `row`, or the reason to skip `row`: a wrong value, or what `fault(triplet)` returns."""
     if missing := [name for name in columns.names() if name not in row]:
-        return f"no column {', '.join(missing)}; set `columns` to the names of the columns"
+        return f"no column {', '.join(missing)}; name the columns in `columns`"
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"empty {name}"
@@ -182,7 +182,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     `settings` is this `data`, with one or several of the keys below. A value is a SOURCE of `open_dataset_rows`, such
     as a file, or a mapping with `source` and other arguments. A key with the value None is not used.
 
-    - `pairs`: questions and answers (see `resolve_pairs`). With this key, all other keys are ignored;
+    - `pairs`: pairs of texts, such as questions and code (see `resolve_pairs`). All other keys are then ignored;
     - `triplets`: see `open_triplets`. With `columns: {negative: NAME}`, each row also has a hard negative;
     - `functions`: a folder, or the settings of a corpus (see `open_corpus`), to read documented functions from;
     - `parallel`: one programming exercise per row, with its name in the column `slug`, and its solutions, as a mapping
@@ -276,7 +276,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
             message = f"{source} has no column {', '.join(missing)}; its columns are {', '.join(there)}."
             raise UserError("data.source.column", message)
         if unknown := " and the ".join(role for role in ("query", "positive") if columns[role] is None):
-            message = f"because no column name of {source} tells the {unknown}. Columns: {', '.join(there)}."
+            message = f"because no column of {source} has a usual name for the {unknown}: {', '.join(there)}."
             raise UserError("data.pairs.columns", f"Set data.columns={{query: NAME, positive: NAME}}, {message}")
     return {"pairs": options | {"columns": columns}}
 
@@ -422,7 +422,7 @@ class LabelledPairs:
         return len(self.labels)
 
     def sample(self, count: int, seed: int) -> "LabelledPairs":
-        """Return `count` pairs, drawn at random, in their original order; all pairs if there are only `count` or fewer."""
+        """Return `count` pairs, drawn at random, in their original order; all pairs if there are at most `count`."""
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
         return LabelledPairs(self.codes, self.pairs[chosen], self.labels[chosen])
 
@@ -451,7 +451,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
 
 
 def _lines(path: Path, functions: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, row) like `open_dataset_rows` for each line of a BigCloneBench split; `functions` is {idx: func}."""
+    """Yield (place, row) like `open_dataset_rows` for each line of a BigCloneBench file; `functions` is {idx: func}."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             parts = line.split()

@@ -40,10 +40,11 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 
 
 def check_enough(names: Collection[str]) -> None:
-    """Raise UserError if `names` has fewer than two repositories, because one can't be split into two parts."""
+    """Raise UserError if `names` has fewer than two repositories, which training and held-out rows need."""
     if len(names) < 2:
-        message = f"To hold out data, two repositories are needed, not {len(names)}. A row without a repository counts as one."
-        raise UserError("data.split.too_few_repositories", message)
+        message = f"Training and held-out data need at least two repositories, not {len(names)}."
+        advice = "A row without a repository counts as a repository."
+        raise UserError("data.split.too_few_repositories", f"{message} {advice}")
 
 
 def draw_repositories(
@@ -84,7 +85,7 @@ def prepare_retrieval_data(
 ) -> RetrievalData:
     """Return the training and held-out rows of a recipe, from `folder` or, if `folder` has no rows, from the sources.
 
-    `store` says whether to write rows from the sources to `folder`. `settings` is the recipe's `data`, with the sources.
+    If `store`, rows from the sources are written to `folder`. `settings` is the recipe's `data`, with the sources.
     Whole repositories are held out, with about the share `eval_fraction` (at most 0.2) of each source's rows. Rows
     without a repository are held out one by one. `seed` decides which rows are held out.
     """
@@ -116,7 +117,7 @@ def _warn_of_copies(held_out: Sequence[RetrievalExample]) -> None:
     if (copies := sum(len(one.split()) > 2 and one in code for one, code in texts)) > len(described) / 2:
         print(
             f"warning: {copies:,} of {len(described):,} held-out descriptions occur word for word in their code, so\n"
-            "the scores measure who finds copied words, as BM25 does. Remove docstrings and comments from the code."
+            "the scores measure how well copied words are found. Remove docstrings and comments from the code."
         )
 
 
@@ -242,7 +243,10 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return the group of each row's hard negative, int64 (rows,), or −1 for none; None if a row lacks a hard negative."""
+    """Return, for each row, the group that its hard negative belongs to, or −1 if it is in no group: int64 (rows,).
+
+    Return None if a row has no hard negative.
+    """
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -268,7 +272,7 @@ class PairGroups:
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
-        """Rows of `texts` with a description give text → code pairs; rows with several snippets give code → code pairs."""
+        """Rows with a description give text → code pairs; rows with several snippets give code → code pairs."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
         groups = same_content_groups(texts)
         self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)
@@ -311,7 +315,7 @@ class BatchPlan:
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: pairs per step in all processes together; an even number if `groups` has both kinds of pairs."""
+        """`batch_size`: pairs per step in all processes together; must be even if `groups` has both kinds of pairs."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
@@ -364,7 +368,7 @@ class BatchPlan:
         return draws if negatives is None else self._with_negatives(draws, step, negatives)
 
     def _order(self, kind: str, epoch: int) -> np.ndarray:
-        """Return the indices of the groups with pairs of `kind` (such as text → code), in a random order for `epoch`."""
+        """Return the indices of the groups with pairs of `kind` (such as text → code), in a new order each epoch."""
         if self._orders.get(kind, (-1,))[0] != epoch:
             generator = np.random.default_rng((self.seed, self._kinds.index(kind), epoch))
             self._orders[kind] = epoch, generator.permutation(self._groups.counts[kind])
@@ -390,7 +394,7 @@ class BatchPlan:
 def evaluation_plan(
     groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
 ) -> tuple[BatchPlan, int]:
-    """Return (`BatchPlan`, number of batches for up to `pairs` different pairs); UserError if there are too few rows."""
+    """Return (`BatchPlan`, number of batches for up to `pairs` different pairs); UserError if rows are too few."""
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):
         message = f"Too few rows are held out ({len(groups.of_rows)}) for the number of processes ({processes})"

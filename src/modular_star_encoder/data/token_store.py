@@ -54,7 +54,7 @@ class TokenCorpus:
         return tuple(self.repository_names[i] for i in np.unique(self.repository_of[self.row_numbers]))
 
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
-        """Return (training corpus, held-out corpus with the share `eval_fraction` of repositories, chosen by `seed`)."""
+        """Return (training corpus, held-out corpus with a share `eval_fraction` of repositories, chosen by `seed`)."""
         names = self.repositories
         check_enough(names)
         least = 2 if len(names) >= 4 else 1

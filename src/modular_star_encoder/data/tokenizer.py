@@ -1,6 +1,6 @@
 """Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of `prompts.py`.
 
-A tokenizer reads `<sep>` in a text as a special token. Use `encode_content` for code and users' texts: it does not.
+A tokenizer reads `<sep>` in a text as a special token. Use `encode_content`, which does not, for code and users' texts.
 """
 
 import copy
@@ -35,9 +35,7 @@ def train_tokenizer(
     than `vocab_size` tokens, so build the model for `len(tokenizer)` tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
-        message = (
-            f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes and special tokens), and max_length at least 4."
-        )
+        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes and special tokens), and max_length at least 4."
         raise UserError("data.tokenizer.sizes", f"{message} Given: vocab_size={vocab_size}, max_length={max_length}.")
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -94,9 +92,8 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     spellings = {theirs[role]: _OURS[role] for role in theirs}
     known = {*(vocabulary := state["model"]["vocab"]), *(entry["content"] for entry in state["added_tokens"])}
     if taken := [name for old, name in spellings.items() if old != name and name in known]:
-        raise UserError(
-            "data.tokenizer.spelling", f"The tokenizer has two tokens for the name {taken[0]}: rename one."
-        )
+        message = f"A special token must get the name {taken[0]}, but another token has this name: rename that token."
+        raise UserError("data.tokenizer.spelling", message)
     for entry in state["added_tokens"]:
         entry["content"] = spellings.get(entry["content"], entry["content"])
     state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}

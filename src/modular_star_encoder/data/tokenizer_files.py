@@ -141,7 +141,7 @@ def _state_fault(state: dict[str, Any]) -> str:
         for part in parts if name == "post_processor" else ():
             ends = [part[end][1] for end in ("sep", "cls") if isinstance(part.get(end), list)]
             if max(*part.get("ids", ()), *ends, 0, 0) > largest:
-                return f"its post_processor adds a token id above {largest}, the id of the last token"
+                return f"its post_processor adds a token id above {largest}, the largest id of a token"
     return ""
 
 

@@ -45,7 +45,7 @@ _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 
 
 def docstring_of(literal: str) -> str | None:
-    """Return the text of one or several Python string literals; None for anything else, such as an f-string."""
+    """Return the text of one or several adjacent Python string literals; None for other code, such as an f-string."""
     try:
         with warnings.catch_warnings(action="ignore"):  # such as warnings about invalid escapes
             value = ast.literal_eval(f"({literal}\n)")
@@ -61,7 +61,7 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of a function's comments, without markup; "" if it has no prose, or is a licence."""
+    """Return the first paragraph of a function's comments, without markup; "" if they are no prose or a licence."""
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
         return ""
@@ -128,7 +128,7 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 
 
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
-    """Return the description right before byte `start`, or ""; `comments` are the sorted spans of all comments."""
+    """Return the description in comments right before byte `start`, or ""; `comments`: sorted spans of all comments."""
     blocks_only = language.documented_by_blocks
     run: list[str] = []
     for comment in _comments_before(start, comments, source, language):
@@ -141,7 +141,7 @@ def description_before(start: int, comments: list[tuple[int, int]], source: Sour
 
 
 def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceText, language: Language) -> Iterator[str]:
-    """Yield the comments before `start`, the last one first; stop at a blank line or at code between two comments."""
+    """Yield the comments right before `start`, the last one first, up to a blank line or to code between comments."""
     may_follow = language.gap.encode()
     for index in range(bisect_right(spans, (start, start)) - 1, -1, -1):
         first, last = spans[index]

@@ -36,8 +36,8 @@ def find_functions(
 ) -> list[FoundFunction]:
     """Return the functions of `text` that have a body and no syntax error, in order, with methods and nested functions.
 
-    If `documented_only`, return only functions with a description. Files with a syntax error and functions left out are
-    counted in `counts`. UnparsableSourceError if `text` can't be parsed, or has a syntax error and no intact function.
+    If `documented_only`, return only functions with a description. `counts` counts files with a syntax error, and
+    functions left out. UnparsableSourceError if `text` can't be parsed, or has a syntax error and no intact function.
     """
     grammar, source = load_grammar(language), SourceText(text)
     tree = parsing.parse(source.bytes, grammar)
@@ -54,7 +54,7 @@ def find_functions(
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A function, class or other definition in a text."""
+    """A function, class or other definition in a source text, and its lines."""
 
     kind: str  # `function`, `scope` (such as a class), `type`, or `extension` (adds to a type, as `impl` does in Rust)
     name: str
@@ -68,7 +68,7 @@ _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """Return functions, classes and other definitions, outer ones first; UnparsableSourceError if parsing fails."""
+    """Return functions, classes and other definitions, outer before inner; UnparsableSourceError if parsing fails."""
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
     statements: dict[int, tuple[str, int]] = {}  # id of a node → name of its first definition, and `line`
@@ -204,7 +204,7 @@ class _Finder:
         return FoundFunction(self._source.line(start), name, description, code, text, first, last)
 
     def _end_of_heredocs(self, end: int) -> int:
-        """Return the offset after the heredocs that a Ruby method's last line begins, or `end` if it begins none."""
+        """Return the offset after the heredocs that begin on a Ruby method's last line; `end` if there are none."""
         line_end = self._source.bytes.find(b"\n", end)
         while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
             end = line_end = self._heredocs[line_end]
@@ -215,7 +215,7 @@ _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_nam
 
 
 def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
-    """Return the dotted name of the definition that a query matched; None if the match is a macro or no definition."""
+    """Return the dotted name of the definition in the `captures` of a query; None if they hold no definition."""
     if "keyword" in captures and _text(captures["keyword"][0], source) not in language.definers:
         return None
     if "declarator" in captures:
@@ -229,14 +229,14 @@ def _name(captures: dict[str, list[Node]], source: bytes, language: Language) ->
 
 
 def _text(node: Node | None, source: bytes) -> str:
-    """Return the source of a node with single spaces; "" for None and for a node too long to be a name."""
+    """Return the source of a node with single spaces; "" if the node is None or too long to be a name."""
     if node is None or node.end_byte - node.start_byte > _MAX_NAME_BYTES:
         return ""
     return " ".join(source[node.start_byte : node.end_byte].decode(errors="replace").split())
 
 
 def _declared_name(declarator: Node, source: bytes, language: Language) -> str | None:
-    """Return the dotted name that a C or C++ declarator of a function declares, or None if it declares no function."""
+    """Return the dotted name of the function that a C or C++ declarator declares; None if it declares no function."""
     node: Node | None = declarator
     is_function = False
     while node is not None and node.type not in _C_NAMES:
@@ -300,7 +300,7 @@ def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
 
 
 def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
-    """Return the text from byte `start` to `end` after the replacements `cuts`; the first of overlapping cuts wins."""
+    """Return the text from byte `start` to `end`, with the replacements `cuts`; of overlapping cuts, the first wins."""
     pieces, at = [], start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
         if at <= cut_start < end:

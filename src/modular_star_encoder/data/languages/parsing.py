@@ -61,13 +61,13 @@ class SourceText:
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:
-        """Return (start, end, str) of `bytes[start:end]` in the original text; start, end: offsets in its UTF-8."""
+        """Return (start, end, text) of `bytes[start:end]` in the original text, with offsets in its UTF-8 bytes."""
         first, last = (at + bisect_left(self._removed, at) + self._skipped for at in (start, end))
         return first, last, self._original[first:last].decode()
 
 
 class _Parser:
-    """A tree-sitter parser and its buffer. Only one thread at a time may use them, or the process crashes."""
+    """A tree-sitter parser and its buffer. Only one thread at a time may use a parser, or the process crashes."""
 
     def __init__(self, grammar: TreeSitterLanguage) -> None:
         self._parser = Parser(grammar)
@@ -122,7 +122,7 @@ class Grammar:
 
     @cached_property
     def definitions(self) -> Query:
-        """The query that captures functions and other definitions; runs in half the time of `query`."""
+        """The query that captures functions and other definitions only; it takes half the time of `query`."""
         lines = (line for line in self._lines if not line.endswith(("@comment", "@verbatim")))
         return Query(self._grammar, "\n".join(lines))
 
@@ -144,7 +144,7 @@ def load_grammar(language: str) -> Grammar:
 
 
 def parse(source: bytes, grammar: Grammar) -> Tree:
-    """Return the syntax tree of `source`; in C and C++, with fewer errors from macros than the tree of `parse_once`."""
+    """Return the syntax tree of `source`; in C and C++, macros cause fewer syntax errors than in `parse_once`."""
     end = time.thread_time() + MAX_PARSE_SECONDS / 2
     tree = best = parse_once(source, grammar)
     fewest = error_bytes(tree, grammar) if grammar.language.has_macros else 0
@@ -173,14 +173,14 @@ def parse_once(source: bytes, grammar: Grammar) -> Tree:
 
 
 def matches(query: Query, tree: Tree) -> list[dict[str, list[Node]]]:
-    """Return the captures of each match of `query`, by name, except matches that begin over 500 levels deep."""
+    """Return the captures of each match of `query`, by name, except matches that begin over 500 nodes deep."""
     cursor = QueryCursor(query)
     cursor.set_max_start_depth(_MAX_DEPTH)
     return [captures for _, captures in cursor.matches(tree.root_node)]
 
 
 def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = None) -> int:
-    """Return the number of bytes from `start` to `end` under ERROR nodes, plus the tree's number of missing tokens."""
+    """Return the number of bytes from `start` to `end` in ERROR nodes, plus the number of the tree's missing tokens."""
     root = tree.root_node
     end = root.end_byte if end is None else end
     captures = QueryCursor(grammar.errors).captures(root) if root.has_error else {}
@@ -228,7 +228,7 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
 
 
 def check_syntax(code: str, language: str) -> tuple[float, bool]:
-    """Return the share of syntax errors in `code` (1.0 if it can't be parsed), and whether `code` has a function."""
+    """Return (share of `code` in syntax errors, 1.0 if `code` can't be parsed; whether `code` has a function)."""
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")
     best = (1.0, False)

@@ -1,4 +1,4 @@
-"""The settings of each programming language, from `languages.toml`; `queries/README.md` explains the queries."""
+"""The settings of each language, from `languages.toml`; `queries/README.md` explains the tree-sitter queries."""
 
 import re
 import tomllib
@@ -97,7 +97,7 @@ def language_entry(name: str) -> Language:
 
 
 def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
-    """Return `languages`, a name or several, without repetitions; `default` if None. UserError for an unknown name."""
+    """Return the language names in `languages`, each once; `default` if None. UserError if a language is unknown."""
     if languages is None:
         return default
     chosen = [languages] if isinstance(languages, str) else languages
@@ -105,7 +105,7 @@ def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = 
 
 
 def language_of(path: PurePath) -> str | None:
-    """Return the language of a path's suffix, in any letter case; None for an unknown suffix. `.h` and `.C` mean C."""
+    """Return the language of a path's suffix, in any letter case, or None if it is unknown. `.h` and `.C` mean C."""
     return LANGUAGE_OF_SUFFIX.get(path.suffix.lower())
 
 
@@ -116,12 +116,12 @@ def language_of_script(beginning: bytes) -> str | None:
 
 
 def language_of_text(language: str, path: str, text: str) -> str:
-    """Return "cpp" for a `.h` or `.C` file with C++ in its `text`, otherwise `language`, known from the suffix."""
+    """Return "cpp" for a `.h` or `.C` file with C++ in its `text`, otherwise `language`, the language of the suffix."""
     return "cpp" if language == "c" and path.endswith((".h", ".H", ".C")) and _CPP_LINE.search(text) else language
 
 
 def language_named(name: Any) -> str | None:
-    """Return this package's name for a language, given its `name` in a data set: "cpp" for "C++"; None if unknown."""
+    """Return this package's name for a language that a data set calls `name`: "cpp" for "C++"; None if unknown."""
     return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
 
 

@@ -13,7 +13,7 @@ from modular_star_encoder.data.languages.registry import language_entry
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One source file."""
+    """The text of one source file, and where it is from."""
 
     repository: str
     path: str  # with forward slashes, relative to the repository or to site-packages
@@ -35,7 +35,7 @@ class SourceReader:
     def __init__(
         self, read: Callable[[Counter[str]], Iterator[SourceFile]], repositories: tuple[str, ...] | None = None
     ) -> None:
-        """`read(skipped)` yields the files of one iteration, and counts in `skipped`, by reason, the files left out."""
+        """`read(skipped)` yields the files of one iteration, and counts the files left out in `skipped`, by reason."""
         self._read, self.repositories = read, repositories
         self.skipped: Counter[str] = Counter()
 
@@ -96,13 +96,16 @@ def is_closed(path: PurePath) -> bool:
 
 
 def is_generated(text: str) -> bool:
-    """Return whether lines 1–5 say that `text` is generated, or one of lines 1–40 is `generated … do not edit`."""
+    """Return whether lines 1–5 say that `text` is generated, or `generated … do not edit` is one of lines 1–40."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 
 
 def is_marked_generated(text: str) -> bool:
-    """Return whether `@generated` or `generated … do not edit` is in lines 1–10, or the latter is one of lines 1–40."""
+    """Return whether the beginning of `text` says that the text is generated and should not be edited.
+
+    Lines 1–10 hold `@generated` or `generated … do not edit`, or one of lines 1–40 is `generated … do not edit`.
+    """
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False
@@ -133,7 +136,7 @@ def alphabetic_share(text: str) -> float:
 
 
 def holds_encoded_data(text: str) -> bool:
-    """Return whether Base64, hexadecimal data or Unicode escapes fill half of `text` or 1,024 successive characters."""
+    """Return whether Base64, hexadecimal data or Unicode escapes fill half of `text` or 1,024 characters in a row."""
     for hint, pattern in _ENCODED_DATA:
         lengths = [match.end() - match.start() for match in pattern.finditer(text)] if hint in text else []
         if lengths and (max(lengths) > _MAX_ENCODED_CHARACTERS or sum(lengths) > _MAX_ENCODED_SHARE * len(text)):
@@ -160,8 +163,8 @@ _NO_SOURCE = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7
 def decode_source(content: bytes) -> tuple[str, str | None]:
     """Return (text without byte-order mark, encoding) for the bytes of a source file.
 
-    The encoding is that of a byte-order mark, of a coding line (PEP 263), or UTF-8. If no encoding fits, the second
-    value is None, and the text is read as Latin-1, which fits all bytes.
+    A byte-order mark or a coding line (PEP 263) names the encoding; without them it is UTF-8. If the bytes are valid
+    neither in the named encoding nor in UTF-8, they are read as Latin-1, and the second value is None.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
@@ -244,4 +247,4 @@ class FileFilters:
 STARCODER2_FILTERS = FileFilters(
     max_average_line_length=100, min_alphabetic_share=0.25, generated=False, encoded_data=False
 )
-"""StarCoder2's rules for single files, but without go-enry's list of code generators; files may have up to 1 MB."""
+"""StarCoder2's rules for single files, without the list of code generators of go-enry; files may have up to 1 MB."""

@@ -1,6 +1,6 @@
-"""Read source files from data sets with one file per row, or from The Stack v2 (arXiv 2402.19173).
+"""Read source files from data sets with one source file per row, or from The Stack v2 (arXiv 2402.19173).
 
-The Stack v2 lists files, stored as gzip in the bucket of Software Heritage. Software Heritage grants bulk access.
+The Stack v2 lists only ids of files. Their contents are gzip files in a bucket: ask Software Heritage for access.
 """
 
 import re
@@ -50,7 +50,7 @@ _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowColumns:
-    """The column names of a data set with one file per row. Without `language`, a path's suffix gives the language."""
+    """The column names of a data set with one source file per row. Without `language`, suffixes of paths decide."""
 
     repository: str
     path: str
@@ -75,19 +75,19 @@ def _check_contents(url: str, http: Mapping[str, Any]) -> None:
         if not is_web_address(url.replace("{blob_id}", "0" * 40)):
             fault = fault or "it is not a valid http or https address"
     elif "::" in url and urlsplit(url.rpartition("::")[2]).scheme in ("", "file", "local"):
-        fault = "it must name a folder of this machine without `::`"
+        fault = "write a folder of this machine without `::`"
     else:
         protocol = urlsplit(url).scheme or "file"
         try:
             fsspec.get_filesystem_class(protocol)
         except (ImportError, ValueError) as error:
-            fault = f"{protocol!r}: {str(error).rstrip('.')}"
+            fault = f"its protocol {protocol!r} is not available: {str(error).rstrip('.')}"
     if fault:
         raise UserError("data.contents.url", f"`content_url` can't be used: {fault}.")
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, reason to leave the file out or None, error without its message, which may hold the URL)."""
+    """Return (content, reason to leave the file out or None, kind of error); an error's message may hold the URL."""
     try:
         content = future.result()
     except HTTPRequestError as error:
@@ -125,7 +125,7 @@ def row_repositories(
     filters: FileFilters | None = None,
     **options: Any,
 ) -> SourceReader:
-    """Return a reader of a data set with one file per row; for `source` and `options` see `open_rows`."""
+    """Return a reader of a data set with one source file per row; for `source` and `options` see `open_rows`."""
     names = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
     chosen, filters = check_languages(languages), filters or FileFilters()
     kinds = {name: _TERMS if field == "license" else _TEXT for field, name in asdict(names).items() if name}
@@ -168,7 +168,7 @@ def the_stack_repositories(
     progress: bool = True,
     **options: Any,
 ) -> SourceReader:
-    """Return a reader of the files of The Stack v2, repository by repository, in the order of its rows.
+    """Return a reader of the files of The Stack v2: one repository per row of the data set, in the order of the rows.
 
     A file that can't be fetched is left out and counted in `skipped`. If none of the first 200 files can be fetched,
     iterating raises UserError.
@@ -205,7 +205,7 @@ def the_stack_repositories(
                     yield replace(file, text=text)
                 # A wrong URL or missing access should show now, not after a week of skipping.
                 if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
-                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} files could be fetched ({last})."
+                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} files could be fetched (last error: {last})."
                     raise UserError("data.contents.no_access", f"{message} Check `content_url` and your access to it.")
 
     return SourceReader(read)
@@ -214,7 +214,7 @@ def the_stack_repositories(
 def _wanted_files(
     row: dict[str, Any], languages: tuple[str, ...], filters: FileFilters, skipped: Counter[str]
 ) -> Iterator[tuple[SourceFile, str, str]]:
-    """Yield (file without text, blob id, encoding) for each file of `row` to fetch; count other files in `skipped`."""
+    """Yield (file without text, blob id, encoding) for each file of `row` to fetch; count the others in `skipped`."""
     _check(row, _STACK_ROW)
     for record in row["files"] or ():
         _check(record, _STACK_FILE | {name: kind for name, kind in _STACK_FILE_MORE.items() if name in record})
@@ -238,7 +238,7 @@ def _wanted_files(
 def _fetched(
     files: Iterable[tuple[SourceFile, str, str]], url: str, http: Mapping[str, Any], max_bytes: int
 ) -> Generator[tuple[SourceFile, str, Future[Any]]]:
-    """Yield (file, encoding, future of its content) in order; fetch a few contents ahead of the consumer."""
+    """Yield (file, encoding, future of the file's content) in order; start to fetch a few contents in advance."""
     waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
     with ExitStack() as stack:  # leaving it cancels pending fetches
         if url.lower().startswith(_HTTP):

@@ -27,7 +27,7 @@ _ROWS_PER_TABLE = 1024
 _ROWS_PER_BATCH = 256
 _PARQUET, _JSON_LINES, _CSV = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson"), (".csv", ".csv.gz", ".tsv")
 SUFFIXES = (*_CSV, *_JSON_LINES, *_PARQUET)
-_ALLOWED = f"Name a file ({', '.join(SUFFIXES)}), a folder of them, or a Hub id owner/name."
+_ALLOWED = f"Name a file ({', '.join(SUFFIXES)}), a folder of such files, or a Hub dataset owner/name."
 _MAX_FIELD = 10_000_000  # characters of a field of a CSV file; more mean that a quotation mark is not closed
 _MAX_LINE, _MAX_LINE_VALUES = 2**24, 2**20  # characters of a line; values of a line of JSON
 _MAX_ROWS, _MAX_CHARACTERS, _MAX_RATIO = 2**18, 2**25, 100  # see `_check_size`
@@ -70,8 +70,8 @@ def open_rows(
 ) -> Iterable[dict[str, Any]]:
     """Return an iterable, which can be read repeatedly, of the rows of parquet files or of a Hub dataset.
 
-    Only `columns` are read, or all columns if it is empty. `config`, `split`, `revision` and `data_dir` are those of
-    `datasets.load_dataset`, for the Hub only. `batch_size` is the number of rows to decode at a time.
+    Only `columns` are read, or all columns if `columns` is empty. `config`, `split`, `revision` and `data_dir` are
+    arguments of `datasets.load_dataset`, for the Hub only. `batch_size` is the number of rows to decode at a time.
     """
     files, shown = _files(source, _PARQUET), _shown(source)
     if isinstance(source, str | os.PathLike):
@@ -109,7 +109,7 @@ def open_rows(
 
 
 def _streamed(source: Source, urls: Sequence[str], config: str | None, **options: Any) -> datasets.IterableDataset:
-    """Stream the rows of the parquet files at `urls` or, if `urls` is empty, of the Hub dataset `source`."""
+    """Return a stream of rows of the parquet files at `urls` or, if `urls` is empty, of the Hub dataset `source`."""
     import datasets
 
     if not urls:
@@ -123,7 +123,7 @@ def _streamed(source: Source, urls: Sequence[str], config: str | None, **options
 
 @dataclass(frozen=True, slots=True)
 class _Repeatable:
-    """An iterable that calls `read` for each iteration."""
+    """An iterable that can be read repeatedly: each iteration calls `read`."""
 
     read: Callable[[], Iterator[Any]]
 
@@ -215,7 +215,7 @@ def parquet_rows(
 
 
 def _undamaged(name: str, read: Callable[[], Iterator[Any]], *, is_remote: bool = False) -> Iterator[Any]:
-    """Yield the rows, or pairs (place such as `a.jsonl, line 3`, row), of `read()`. UserError if a file is damaged."""
+    """Yield the rows, or pairs (place such as `a.csv, line 3`, row), of `read()`; UserError if the data is damaged."""
     place = ""
     try:
         for number, item in enumerate(read(), 1):
@@ -251,7 +251,7 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
-    """Raise UserError unless `source` is a URL, folder, file of rows or Hub id `owner/name`; the Hub is not asked."""
+    """Raise UserError unless `source` is a URL, folder or file of rows, or looks like a Hub id `owner/name`."""
     name, path = os.fspath(source), user_path(source)
     is_file = name.endswith(SUFFIXES)
     if "://" in name or path.is_dir() or (path.is_file() and is_file):
@@ -262,7 +262,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
-    """Return a dataset's column names (of JSON Lines: names in the first 100 rows); UserError if no row has names."""
+    """Return a dataset's column names (for JSON Lines, of the first 100 rows); UserError if there are none."""
     files = _files(source, SUFFIXES, options.get("split", "train"))
     are_local = bool(files) and all(map(os.path.isfile, files))
     rows: Rows
@@ -281,7 +281,7 @@ def column_names(source: Source, **options: Any) -> list[str]:
 
 
 def _common_names(files: Sequence[str]) -> list[str]:
-    """Return the names of the columns that all of these parquet files have; UserError if a file exceeds a limit."""
+    """Return the names of the columns that all parquet `files` have; UserError if a file can't be read."""
     schemas: list[list[str]] = []
     for file in files:
         try:
@@ -292,7 +292,7 @@ def _common_names(files: Sequence[str]) -> list[str]:
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
-    """Yield the texts in one column of a dataset (see `open_dataset_rows`); UserError if a row has no text there."""
+    """Yield the texts in one column of a dataset (see `open_dataset_rows`); UserError if a row has no text."""
     for place, row in open_dataset_rows(source, [column], **options):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise UserError("data.row", f"{place} must have a text in column {column!r}.")
@@ -324,19 +324,19 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
     splits = {one: [file for file in found if file.name.startswith((f"{one}-", f"{one}."))] for one in _SPLITS}
     if split is not None and any(splits.values()) and not (found := splits.get(split, [])):
         there = ", ".join(one for one, files in splits.items() if files)
-        raise UserError("data.source.split", f"{name!r} has no split {split!r}; it has {there}.")
+        raise UserError("data.source.split", f"{name!r} has no split {split!r}; its splits are: {there}.")
     kinds = [kind[0] for kind in (_PARQUET, _JSON_LINES, _CSV) if any(file.name.endswith(kind) for file in found)]
     if len(kinds) != 1:
         several, none = " and ".join(kinds), f"no {', '.join(suffixes)} file: name other data"
-        what = f"{several} files: name those to read" if found else none
+        what = f"{several} files: name the files to read" if found else none
         raise UserError("data.source.no_files", f"{name!r} holds {what}.")
     return [str(file) for file in found]
 
 
 def _text_lines(file: str) -> Iterator[str]:
-    """Yield the lines of a text file, plain or gzip; OSError if they are too long or many, or CSV not UTF-8.
+    """Yield the lines of a text file, plain or gzip; OSError if lines are too long or too many, or CSV is not UTF-8.
 
-    Spreadsheets write CSV in many encodings; in JSON Lines, � replaces a damaged byte.
+    CSV is checked because spreadsheets write it in many encodings. In JSON Lines, � replaces a damaged byte.
     """
     characters = 0
     opener: Any = gzip.open if file.endswith(".gz") else open
@@ -357,7 +357,7 @@ def _text_lines(file: str) -> Iterator[str]:
 
 
 def _check_size(file: str | os.PathLike[str], rows: int, characters: int) -> None:
-    """Raise OSError if `rows`, or unpacked `characters`, are too many for the size of `file`."""
+    """Raise OSError if the number of `rows` or of unpacked `characters` is too large for the size of `file`."""
     if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
         return
     size = os.path.getsize(file)

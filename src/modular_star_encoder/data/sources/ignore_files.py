@@ -1,4 +1,4 @@
-"""Finds the files that git ignores, without running git: a repository's settings can make git start programs."""
+"""Finds the files that git ignores, without running git, because a repository's settings can make git run programs."""
 
 import os
 import re
@@ -24,7 +24,7 @@ class IgnoreFiles:
     """Decides which paths below a folder to ignore, by git's rules and by `.moseignore` files of the same form.
 
     The ignore files above `root` apply too, up to the top of the repository. A file that git tracks is ignored only if
-    a `.moseignore` says so. Call `ignores` for a folder before its content.
+    a `.moseignore` says so. Call `ignores` for a folder before you call it for the content of the folder.
     """
 
     def __init__(self, root: Path) -> None:
@@ -42,7 +42,7 @@ class IgnoreFiles:
         added = (rule.expression.pattern for rule in inner.rules[known:])
         self._work += sum(50 + len(pattern) + 100 * pattern.count(b"[") for pattern in added)
         if self._work > MOST_WORK:
-            message = "The ignore files have too many or too long patterns: shorten files such as"
+            message = "The ignore files have too many or too long patterns: shorten them, for example those in"
             raise UserError("data.ignore.too_large", f"{message} {path}.")
         return inner
 
@@ -78,7 +78,7 @@ class _Rule:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """The ignore rules for the files and folders directly in a folder."""
+    """The ignore rules that apply to the files and folders directly in one folder."""
 
     rules: tuple[_Rule, ...]  # the last one that fits decides
     repository: "_Repository"
@@ -149,7 +149,7 @@ def _index_names(content: bytes) -> Iterator[bytes]:
 
 
 def beginning(file: str | os.PathLike[str], size: int, *, links: bool = True) -> bytes | None:
-    """Return the first `size` bytes of a regular file; None if unreadable or, without `links`, behind a link."""
+    """Return the first `size` bytes of a regular file; None if unreadable or, with `links=False`, behind a link."""
 
     def open_without_waiting(name: str, flags: int) -> int:
         flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)
@@ -259,7 +259,7 @@ _SET_ITEM = re.compile(rb"(?P<first>\\.|[^\\])(?:-(?P<last>\\.|[^\\\]]))?", re.D
 
 
 def _set(glob: bytes, at: int) -> tuple[list[int], int]:
-    """Parse a set such as `[a-z]` from the index `at`, after its `[`; return (matching byte values, index after it)."""
+    """Parse a set such as `[a-z]` at index `at`, after its `[`; return (matching byte values, index after its `]`)."""
     is_negative = glob[at : at + 1] in (b"!", b"^")
     at += is_negative
     first, chosen, end = at, set[int](), 0

@@ -1,4 +1,4 @@
-"""Read source files on this machine: installed Python distributions, folders, and archives, which are not trusted."""
+"""Read source files on this machine: installed Python distributions, folders, and untrusted archives."""
 
 import bz2
 import gzip
@@ -41,7 +41,7 @@ _Found = Iterable[tuple[SourcePath, str | None]]  # pairs (file, why it is left 
 
 
 class FileReader(SourceReader):
-    """Reads files of this machine in the order of repository and path.
+    """Reads source files of this machine, sorted by repository and path.
 
     Attributes:
         skipped_files: (path, reason) of each file that the last iteration left out.
@@ -77,7 +77,7 @@ class FileReader(SourceReader):
         return len(self._files)
 
     def sort(self, keys: Callable[[Sequence[SourcePath]], Iterable[Any]]) -> None:
-        """From now on, read files in ascending order of `keys(files)`, a sort key for each file."""
+        """From now on, read files in ascending order of their sort keys; `keys(files)` returns a key for each file."""
         self._files = [file for _, file in sorted(zip(keys(self._files), self._files, strict=True))]
 
 
@@ -87,7 +87,7 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """Return a reader of the standard library and the installed distributions except `exclude` and this package."""
+    """Return a reader of Python's standard library and installed distributions except `exclude` and this package."""
     # Imported here, because a search reads only folders and does not need these modules.
     from importlib import metadata
 
@@ -165,7 +165,7 @@ def folder_repositories(
 
 
 def is_source_file(folder: str | os.PathLike[str], path: Path, languages: Collection[str]) -> bool:
-    """Return whether `folder_repositories` with `obey_ignore_files` finds the file `path`, an absolute path inside."""
+    """Return whether `folder_repositories(folder, obey_ignore_files=True)` finds the file at an absolute `path`."""
     root = Path(os.path.realpath(folder))
     ignored = IgnoreFiles(root)
     for parent in reversed(path.parents[: len(path.parts) - len(root.parts) - 1]):  # the outermost first
@@ -175,7 +175,7 @@ def is_source_file(folder: str | os.PathLike[str], path: Path, languages: Collec
 
 
 def _language(location: Path) -> str | None:
-    """Return the language of a file's suffix or, for a name without suffix, of the interpreter in its first line."""
+    """Return the language of a file's suffix or, if it has none, of the interpreter in its first line; or None."""
     language = language_of(location)
     if not (language or location.suffix or location.name.startswith(".") or os.path.islink(location)):
         language = language_of_script(beginning(location, 128, links=False) or b"")
@@ -183,7 +183,7 @@ def _language(location: Path) -> str | None:
 
 
 def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[SourcePath, str | None]]:
-    """Yield (source file, its path relative to `root`; why it is left out or None); `obey` skips what git ignores."""
+    """Yield (source file below `root`, why it is left out or None); if `obey`, skip the files that git ignores."""
     ignored = IgnoreFiles(root) if obey else None
     closed: list[OSError] = []
     left_out: list[tuple[Path, str]] = []
@@ -212,7 +212,7 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
 
 
 class _XzFile:
-    """Reads an .xz file with at most `_XZ_MEMORY` bytes for its dictionary; `lzma.open` has no such limit."""
+    """Reads an .xz file, but uses at most `_XZ_MEMORY` bytes to unpack it; `lzma.open` has no limit of memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._decoder = file, lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
@@ -264,7 +264,7 @@ class ArchiveLimitError(Exception):
 
 
 class Member(NamedTuple):
-    """A member of an archive; `read(size)` returns the first `size` bytes of a file."""
+    """A member of an archive, such as a file; `read(size)` returns the first `size` bytes of the file."""
 
     name: str
     kind: str  # "file", "folder" or "other" (links, devices)
@@ -273,7 +273,7 @@ class Member(NamedTuple):
 
 
 def archive_members(location: Path) -> Iterator[Member]:
-    """Yield an archive's members in order; each must be read before the next. ArchiveLimitError beyond a limit."""
+    """Yield an archive's members in order; read each before the next. ArchiveLimitError if a limit is exceeded."""
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
     most_bytes = min(MAX_ARCHIVE_BYTES, FREE_BYTES + MAX_RATIO * location.stat().st_size)
     for number, member in enumerate(members(location, most_bytes)):
@@ -287,9 +287,9 @@ def _archive_suffix(path: Path) -> str:
 
 
 class _LimitedFile:
-    """Wraps a file for tarfile or zipfile. ArchiveLimitError(`reason`) if reads ask for over `left` bytes in all.
+    """Wraps a file for tarfile or zipfile. ArchiveLimitError(`reason`) if reads ask for over `left` bytes in total.
 
-    The error is also raised if the content of one read has the bytes `entry` over `MAX_ARCHIVE_MEMBERS` times.
+    The error is also raised if one read returns the bytes `entry` more than `MAX_ARCHIVE_MEMBERS` times.
     """
 
     def __init__(self, file: IO[bytes], left: float, reason: str, entry: bytes = b"") -> None:
@@ -329,7 +329,7 @@ def _zip_members(location: Path, left: int) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header. Of extended headers, only the member's path and size are kept, not the map of a sparse file."""
+    """A tar header. It keeps only path and size from extended headers, and not, for example, a sparse file's map."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
@@ -389,7 +389,7 @@ def _tar_members(location: Path, most_bytes: int) -> Iterator[Member]:
 def archive_repositories(
     source: str | os.PathLike[str], *, languages: Iterable[str] | None = None, filters: FileFilters | None = None
 ) -> SourceReader:
-    """Return a reader of an archive or a folder's archives, one repository each; UserError if there is no archive."""
+    """Return a reader of an archive, or of a folder's archives, each as a repository; UserError if there is none."""
     root = user_path(source)
     files = files_below(root, links=False) if root.is_dir() else [root]
     folder = root if root.is_dir() else root.parent
