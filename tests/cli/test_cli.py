@@ -173,7 +173,7 @@ def test_card_says_which_licence_it_took_or_that_there_is_none(mose, checkpoint,
     assert "license:" not in card
     assert "mose: note: the card names no licence; --upload needs --license NAME" in errors
     _, card, errors = mose("card", "mose-code", "--repository", "me/model")
-    note = "mose: note: license: apache-2.0, from the card in mose-code or, without one, from its parent's; --license"
+    note = "mose: note: license: apache-2.0, from the card in mose-code or, without one, from its parent model's; add"
     assert ("\nlicense: apache-2.0\n" in card, note in errors) == (True, True)
 
 

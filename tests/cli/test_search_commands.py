@@ -61,7 +61,7 @@ def test_the_index_of_the_working_folder_is_asked(indexed, mose, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert "embedding up to 3 hits at exit 2" in mose("search", "push", "--rerank-exit-layer", "2", *cascade[-2:])[2]
     _, out, err = mose(*cascade)
-    said = "embedding" in err, "exit 4 ranked again for 2 of 2 questions" in err, "# push" in out
+    said = "embedding" in err, "exit 4 ranked the best hits again for 2 of 2 questions" in err, "# push" in out
     assert said == (False, True, True)
     status, out, _ = mose(*cascade, "--json")
     answers = json.loads(out)

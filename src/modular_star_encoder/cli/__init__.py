@@ -1,4 +1,4 @@
-"""The command line. This module has options of several commands, and argparse types, which check and parse values."""
+"""The command line. This module has options of several commands, and argparse types to check and parse values."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CHECKPOINT_HELP = "a checkpoint: a folder, a Hub repository, or mose-code, the m
 
 
 def note(text: str) -> None:
-    """Print a note on stderr, without characters that control a terminal."""
+    """Print a note on stderr; replace characters that could control the terminal."""
     print(printable(f"mose: note: {text}"), file=sys.stderr)
 
 
 def argument_type(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return an argparse type that gives `read(text)`; if `read` gives None or ValueError, the error shows `what`."""
+    """Return an argparse type that calls `read`. If this gives None or ValueError, the error says "must be `what`"."""
 
     def parse(text: str) -> Any:
         with suppress(ValueError):
@@ -71,9 +71,9 @@ def name_list(text: str) -> list[str]:
 
 
 def checkpoint(text: str) -> str:
-    """Argparse type: return a checkpoint's name unchanged; OSError if there is no such folder or Hub repository.
+    """Argparse type: return a checkpoint's name unchanged; OSError if no folder or Hub repository has this name.
 
-    If the Hub can't be reached, but the Hub's cache has the repository, this process works offline (`HF_HUB_OFFLINE`).
+    If the Hub can't be reached, but the Hub's cache has the repository, set `HF_HUB_OFFLINE` to continue offline.
     """
     check_checkpoint(text)
     if is_repository(text):
@@ -99,14 +99,14 @@ def checkpoint(text: str) -> str:
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, /, **defaults: Any
 ) -> argparse.ArgumentParser:
-    """Add a command to the subparsers `commands` and return its parser; `run` gets the arguments and `defaults`."""
+    """Add a command to the subparsers `commands`; return its parser. `run` gets the parsed arguments and `defaults`."""
     parser = commands.add_parser(name, help=help)
     parser.set_defaults(run=run, **defaults)
     return parser
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
-    """Add RECIPE, KEY=VALUE and --out to a command; `recipe` and `out`: help texts; `setting`: an example KEY=VALUE."""
+    """Add RECIPE, KEY=VALUE and --out to a command. `recipe` and `out`: help texts; `setting`: example of KEY=VALUE."""
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"settings to change, such as {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)

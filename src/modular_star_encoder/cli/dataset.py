@@ -1,4 +1,4 @@
-"""The commands of `mose dataset`: build, dedup, stats, push and corpus."""
+"""The commands of `mose dataset`: `build`, `dedup`, `stats`, `push` and `corpus`."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from modular_star_encoder.utils.reports import printable
 
 def add_dataset_commands(commands: Any) -> None:
     """Add `mose dataset` and its commands to the subparsers of `mose`."""
-    dataset = commands.add_parser("dataset", help="make datasets of functions, drop near-duplicates, and publish them")
+    dataset = commands.add_parser("dataset", help="make, deduplicate and publish datasets of functions")
     commands = dataset.add_subparsers(required=True, metavar="COMMAND")
 
-    about = "extract functions, translate them, drop near-duplicates, and split"
+    about = "build a dataset: extract functions, translate them, drop near-duplicates, split the rows"
     build = add_command(commands, "build", run_dataset_build, about)
-    recipe, folder = "a YAML file, or synthconl, the packaged recipe", "folder to write; a stopped build is continued"
+    recipe, folder = "a YAML file, or synthconl, a packaged recipe", "folder to write; a stopped build is continued"
     add_recipe_options(build, recipe, "corpus.folder=~/code", folder)
 
     about = "copy parquet files without near-duplicate rows"
     add = add_command(commands, "dedup", run_dataset_dedup, about, resumes=True).add_argument
     add("source", metavar="SOURCE", type=existing, help="a folder of parquet files")
     add("--out", metavar="FOLDER", required=True, help="folder to write; a stopped run is continued")
-    add("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare: NAME,NAME")
-    match = "rows are near-duplicates if either column is similar (either, the default), or if both columns are (both)"
+    add("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare, separated by commas")
+    match = "either (default): rows with one similar column are near-duplicates; both: both columns must be similar"
     add("--match", choices=("either", "both"), default="either", help=match)
-    ids = "column of ids; of near-duplicates, the row with the smallest id is kept (default: the first row)"
+    ids = "column of ids: of near-duplicate rows, the one with the smallest id is kept (default: the first row)"
     add("--id-column", metavar="NAME", help=ids)
     threshold = "lowest Jaccard similarity at which texts are similar (default: 0.7)"
     add("--threshold", metavar="JACCARD", type=float, default=0.7, help=threshold)
-    recall = "high: compare more pairs of rows, and miss fewer near-duplicates"
+    recall = "high: compare more pairs of rows, to miss fewer near-duplicates"
     add("--recall", choices=("default", "high"), default="default", help=recall)
     near = "also drop rows similar to a text in COLUMN of SOURCE, a parquet or JSON Lines file or a Hub dataset"
     pairs = of_form("SOURCE:COLUMN", "(.+):(.+)")
     add("--against", metavar="SOURCE:COLUMN", type=pairs, action="append", default=[], help=near)
 
-    about = "print a dataset's number of samples and mean lengths by language"
+    about = "print the number of samples and their mean lengths for each language of a dataset"
     add = add_command(commands, "stats", run_dataset_stats, about).add_argument
     add("source", metavar="SOURCE", help="folder, parquet or JSON Lines file, or dataset of the Hub")
     add("--split", default="train", help="split to read (default: train)")
@@ -50,18 +50,18 @@ def add_dataset_commands(commands: Any) -> None:
     add = add_command(commands, "push", run_dataset_push, about).add_argument
     add("folder", metavar="FOLDER", help="the folder of a finished build")
     add("repository", metavar="OWNER/NAME", help="dataset repository on the Hub")
-    add("--upload", action="store_true", help="upload the files (default: only list them)")
+    add("--upload", action="store_true", help="upload the files (default: only list the files)")
     add("--public", action="store_true", help="make a new repository public (default: private)")
 
     corpus = commands.add_parser("corpus", help="build a corpus of functions from packages of Debian, npm and PyPI")
     commands = corpus.add_subparsers(required=True, metavar="COMMAND")
     about = "download those packages of a corpus that are not in FOLDER yet"
     add = add_command(commands, "fetch", run_corpus_fetch, about, resumes=True).add_argument
-    packages = "list of packages, such as a copy of mose-code/corpus (`mose recipes copy`)"
+    packages = "YAML file with packages, such as a copy of mose-code/corpus (`mose recipes copy`)"
     add("corpus", metavar="FILE", type=existing, help=packages)
-    add("--out", metavar="FOLDER", required=True, help="folder to write, with a folder for each package")
+    add("--out", metavar="FOLDER", required=True, help="folder to write, which gets a folder for each package")
 
-    about = "extract functions of packages, drop duplicates, and split by packages"
+    about = "extract functions of packages, drop duplicates, and hold out packages for validation"
     add = add_command(commands, "build", run_corpus_build, about, resumes=True).add_argument
     add("corpus", metavar="FILE", type=existing, help=packages)
     add("--packages", metavar="FOLDER", type=existing, required=True, help="folder of `mose dataset corpus fetch`")
@@ -75,8 +75,8 @@ def add_dataset_commands(commands: Any) -> None:
     add("files", metavar="FILE", type=existing, nargs="+", help=written)
     against = "evaluation sets: JSON Lines or JSON files, or folders of such files"
     add("--against", metavar="ROWS", type=existing, nargs="+", required=True, help=against)
-    add("--drop", metavar="FOLDER", help="copy the files to FOLDER without rows in evaluation sets")
-    add("--json", metavar="FILE", help="also write the numbers of rows in evaluation sets to FILE")
+    add("--drop", metavar="FOLDER", help="copy the files to FOLDER without the rows that are in evaluation sets")
+    add("--json", metavar="FILE", help="also write the numbers of rows that are in evaluation sets to FILE")
 
 
 def run_dataset_build(arguments: argparse.Namespace) -> None:
@@ -148,7 +148,7 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
-    """Print the texts of a corpus that are in evaluation sets. UserError if there are such texts and no --drop."""
+    """Print the texts of a corpus that are in evaluation sets. UserError if there are some, unless --drop is given."""
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
 
     report, hits = check_corpus(arguments.files, EvaluationTexts(arguments.against), arguments.drop)

@@ -43,7 +43,7 @@ def _data(text: str) -> str:
 
 
 def _model(text: str) -> str:
-    """Argparse type: return the name of an endpoint (`openai:…`), SentenceTransformer or checkpoint; else OSError."""
+    """Argparse type: return `text` if it names an endpoint (`openai:…`) or an existing model; OSError otherwise."""
     is_other = text.startswith("openai:") or os.path.isfile(os.path.join(os.path.expanduser(text), "modules.json"))
     return text if is_other else checkpoint(text)
 
@@ -61,10 +61,10 @@ def add_evaluate_commands(commands: Any) -> None:
     add("--exit-layers", metavar="LIST", type=exit_list, help=exits)
     add("--json", metavar="FILE", help="also write the results to FILE")
     add("--out", metavar="FOLDER", help="folder for reports and plots; an interrupted run is continued")
-    baselines = "also measure these: bm25, tfidf, other models, openai:MODEL@URL; separated by commas"
+    baselines = "also measure others, separated by commas: bm25, tfidf, names of models, openai:MODEL@URL"
     add("--baselines", metavar="NAMES", type=name_list, help=baselines)
-    add("--allow-subset", action="store_true", help="accept benchmark files that lack rows; the report says so")
-    add("--cache", metavar="FOLDER", help="folder for embeddings (default: OUT/embeddings)")
+    add("--allow-subset", action="store_true", help="accept benchmark files that lack rows; the report then says so")
+    add("--cache", metavar="FOLDER", help="folder to cache embeddings in (default: OUT/embeddings)")
 
     add = add_command(commands, "profile", run_profile, "measure the cost of every exit on this machine").add_argument
     add("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
@@ -72,12 +72,12 @@ def add_evaluate_commands(commands: Any) -> None:
     add("--batch-sizes", metavar="LIST", type=number_list, default=(1, 8), help="batch sizes (default: 1,8)")
     lengths = "text lengths in tokens (default: 128,512)"
     add("--lengths", metavar="LIST", type=number_list, default=(128, 512), help=lengths)
-    rounds = "timed runs per exit, batch size and length (default: 30)"
+    rounds = "number of timed runs per exit, batch size and length (default: 30)"
     add("--rounds", metavar="N", type=at_least(1), default=30, help=rounds)
-    add("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
-    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    add("--device", metavar="NAME", help="device to measure on: cpu or cuda (default: a GPU if there is one)")
+    add("--dtype", metavar="NAME", help="number format: float32, bfloat16 or float16 (default: the checkpoint's)")
     add("--out", metavar="FILE", help="file to write (default: exit_profile.json in the checkpoint's folder)")
-    quality = "measure nothing; add scores on benchmark NAME to the profile, from FILE, a report of mose evaluate"
+    quality = "measure no costs; add scores on benchmark NAME from FILE, a report of mose evaluate, to the profile"
     add("--quality", metavar="NAME=FILE", type=of_form("NAME=FILE", "([^=]+)=(.+)"), help=quality)
 
 

@@ -1,4 +1,4 @@
-"""The command `mose`: its parser, its error messages and its exit status; and `mose doctor`.
+"""The command `mose`: its parser, error messages and exit status. Also the command `mose doctor`.
 
 The commands import the package when they run, so that `mose --help` does not wait for torch.
 """
@@ -71,7 +71,7 @@ EXAMPLES = {
     "mose dataset corpus check": "mose dataset corpus check pairs/pairs.jsonl.gz --against test.jsonl --drop clean",
     "mose doctor": "mose doctor",
 }
-"""{command: example command lines at the end of its help}. A test parses them all."""
+"""{command: example command lines, shown at the end of the command's help}. A test parses all of them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +131,7 @@ def interrupt(number: int, frame: object) -> None:
 
 
 def check_current_folder() -> None:
-    """Raise FileNotFoundError with a clear message if the current folder was deleted."""
+    """Raise FileNotFoundError with advice if the current folder was deleted."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -149,7 +149,7 @@ def check_folders(arguments: argparse.Namespace) -> None:
 
 
 def with_options(sentence: str, arguments: argparse.Namespace) -> str:
-    """Return `sentence` with the names of given `arguments`, such as latency_ms, replaced by options (--latency-ms)."""
+    """Return an error message with options (--latency-ms) in place of the names of given `arguments` (latency_ms)."""
     names = ("exit_layer", "exit_layers", "latency_ms", "memory_mb")
     given = "|".join(name for name in names if getattr(arguments, name, None) not in (None, ()))
     if not given:
@@ -160,7 +160,7 @@ def with_options(sentence: str, arguments: argparse.Namespace) -> str:
 
 
 def value_of_environment(error: str) -> str:
-    """Return a note that names the environment variables whose values caused `error`; "" without such variables."""
+    """Return a note that names the environment variables whose values caused `error`; "" if no variable did."""
     if error == "Invalid IPv6 URL":  # huggingface_hub can't be imported
         return f" (in the environment: HF_ENDPOINT={os.environ.get('HF_ENDPOINT')})"
     if not error.startswith(("invalid literal for int() with base 10: ", "could not convert string to float: ")):
@@ -172,7 +172,7 @@ def value_of_environment(error: str) -> str:
 def keep_few_compiled_operations() -> None:
     """Limit oneDNN's and PyTorch's caches of compiled CPU operations to 64 entries, before torch multiplies matrices.
 
-    By default, a cache has up to 1,024 entries, one per shape of bfloat16 matrices: memory grows (benchmarks/NOTES.md).
+    By default, memory grows, because a cache has up to 1,024 entries, one per matrix shape (benchmarks/NOTES.md).
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
@@ -207,7 +207,7 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line. Questions, folders to search and KEY=VALUE may also follow options."""
+    """Parse the command line. Questions, the folder to search and KEY=VALUE may come before or after options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     words = getattr(arguments, "questions", getattr(arguments, "overrides", None))
@@ -235,7 +235,7 @@ def all_commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentP
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and their options."""
     about = "Search code; train, measure and cut code encoders with exits, layers after which they can stop."
-    start = 'start with: mose search "merge two headers" FOLDER; mose COMMAND --help has the options and an example'
+    start = 'start with: mose search "merge two headers" FOLDER; mose COMMAND --help shows the options and an example'
     parser = _Parser(prog="mose", description=about, epilog=start)
     parser.add_argument("--version", action="version", version=f"mose {__version__}", help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -254,13 +254,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_doctor(arguments: argparse.Namespace) -> None:
-    """Print versions, devices, folders, and which extras are installed or lack a package."""
+    """Print versions, devices and folders, and which extras are complete and which packages the others lack."""
     versions = library_versions(CORE)
     sections = {
         "Versions": {name: version or "not installed" for name, version in versions.items()},
         "Devices": devices() if versions["torch"] else {"torch": "not installed"},
         "Folders": folders(),
-        "Indexes of mose search": indexes() or {"none": "the cache is empty"},
+        "Indexes of mose search": indexes() or {"none": "the cache has no index"},
         "Extras": {
             extra: f"lacks {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'" if missing else "ready"
             for extra, missing in missing_packages().items()
@@ -272,7 +272,7 @@ def run_doctor(arguments: argparse.Namespace) -> None:
 
 
 def devices() -> dict[str, str]:
-    """Return name → description of each device that torch can use: the processor, and GPUs with their memory."""
+    """Return {name: description} of the devices that torch can use: the processor, and GPUs with their memory."""
     import torch
 
     cpu = machine_kind()
@@ -299,7 +299,7 @@ def folders() -> dict[str, str]:
 
 
 def indexes() -> dict[str, str]:
-    """Return {name of an index in the user's cache: the indexed folder, size of the index, exits and checkpoint}."""
+    """Return {name: indexed folder, size, exits, checkpoint and number of languages} of the indexes in the cache."""
     found = {}
     folder = cache_folder("search")
     for file in sorted(folder.glob("*/index.json")) if folder else ():
@@ -316,7 +316,7 @@ def indexes() -> dict[str, str]:
 def folder_size(folder: Path | None) -> str:
     """Return a folder's path and size, such as `/tmp/cache (12 MB)`; `(not there yet)` if it does not exist."""
     if folder is None:
-        return "none: no home folder is known"
+        return "no cache: no home folder is known"
     if not folder.is_dir():
         return f"{folder} (not there yet)"
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
@@ -341,7 +341,7 @@ def missing_packages() -> dict[str, list[str]]:
             try:
                 version = distribution(one.name).version
                 if not one.specifier.contains(version, prereleases=True):
-                    found.add(f"{one.name}{one.specifier} (is {version})")
+                    found.add(f"{one.name}{one.specifier} (installed: {version})")
             except PackageNotFoundError:
                 found.add(one.name)
         return found

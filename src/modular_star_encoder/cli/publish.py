@@ -23,7 +23,7 @@ def add_publish_commands(commands: Any) -> None:
     add("--exit-layer", metavar="K", type=at_least(0), required=True, help="exit to keep, as a number of layers")
     add("out", metavar="OUT", help="folder to write; it must be empty or not exist")
 
-    about = "add layers, to be trained, to a checkpoint that has only exit 0"
+    about = "add untrained layers to a checkpoint that has only exit 0"
     add = add_command(commands, "grow", run_grow, about).add_argument
     add("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a checkpoint that has only exit 0")
     exits = "exits of the new checkpoint, such as 0 1 2 4 6"
@@ -32,17 +32,17 @@ def add_publish_commands(commands: Any) -> None:
 
     about = "print the model card of a checkpoint: usage and measurements"
     add = add_command(commands, "card", run_card, about).add_argument
-    add("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest (its first repository)")
+    add("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest (a YAML file), for its first repository")
     _add_folder_options(add, required=True)
     add("--out", metavar="FOLDER", help="write README.md and the figure to FOLDER, not to stdout")
 
-    about = "verify repositories, and list what --upload would change on the Hub"
+    about = "prepare and verify model repositories, and list what --upload would change on the Hub"
     add = add_command(commands, "publish", run_publish, about).add_argument
-    source = "a manifest, such as a copy of small/publish (`mose recipes copy`), or a checkpoint's folder"
+    source = "a manifest (YAML file), such as a copy of small/publish (`mose recipes copy`), or a checkpoint's folder"
     add("source", metavar="MANIFEST", help=source)
     add("overrides", metavar="KEY=VALUE", nargs="*", help="settings of the manifest to change, such as namespace=NAME")
     _add_folder_options(add)
-    add("--upload", action="store_true", help="upload, in one commit for each repository that differs")
+    add("--upload", action="store_true", help="upload each repository that differs from the Hub's, in one commit each")
     add("--public", action="store_true", help="make new repositories public (default: private)")
     add("--out", metavar="FOLDER", help="keep the prepared repositories in this new or empty folder")
 
@@ -53,8 +53,8 @@ def add_publish_commands(commands: Any) -> None:
     add("--format", choices=("onnx", "static", "model2vec"), default="onnx", help=format)
     add("--exit-layer", metavar="K", type=at_least(0), help="exit to export (default: the deepest)")
     add("--out", metavar="FOLDER", help="new or empty folder to write (default: CHECKPOINT-K-FORMAT)")
-    add("--int8", action="store_true", help="also write 8-bit weights, and measure them on --data")
-    data = "source code or benchmark files, to compare the quality of the export with the checkpoint's"
+    add("--int8", action="store_true", help="also write 8-bit weights, and measure their quality on --data")
+    data = "source code or benchmark files, on which to compare the export with the checkpoint"
     add("--data", metavar="FOLDER", help=data)
     name = "benchmark whose files are in --data (default: folder, for source code)"
     add("--benchmark", metavar="NAME", default="folder", help=name)
@@ -62,10 +62,10 @@ def add_publish_commands(commands: Any) -> None:
 
 
 def _add_folder_options(add: Callable[..., Any], *, required: bool = False) -> None:
-    add("--repository", metavar="OWNER/NAME", required=required, help="repository on the Hub to publish a folder to")
-    license = "for a folder: the Hub's name of its licence (default: the licence in its card, or its parent's if known)"
+    add("--repository", metavar="OWNER/NAME", required=required, help="for a folder: Hub repository to publish it to")
+    license = "for a folder: its licence, as the Hub names it (default: the one in its card, or of the parent model)"
     add("--license", metavar="NAME", help=license)
-    results = "for a folder: results to show in the card, a FILE of mose evaluate --json; may be repeated"
+    results = "for a folder: FILE of mose evaluate --json with results to show in the card; may be repeated"
     add("--evaluation", metavar="FILE", action="append", default=[], help=results)
 
 
@@ -104,7 +104,7 @@ def run_publish(arguments: argparse.Namespace) -> None:
         raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
     manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
     if is_folder and os.path.isfile(os.path.join(resolve_checkpoint(source), "README.md")):
-        note("a new card replaces README.md of the folder; `sections` of a manifest add your own text")
+        note("a new card replaces README.md of the folder; to add your own text, use `sections` in a manifest")
     if arguments.upload:  # before torch is imported and the repositories are verified
         from huggingface_hub import get_token
 
@@ -178,8 +178,8 @@ def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
         return load_manifest(folder, [f"namespace={repository.partition('/')[0]}"])
     manifest = folder_manifest(folder, repository, license=license, evaluation=arguments.evaluation)
     if manifest.license and not license:
-        found = f"license: {manifest.license}, from the card in {folder} or, without one, from its parent's"
-        note(f"{found}; --license NAME sets another")
+        found = f"license: {manifest.license}, from the card in {folder} or, without one, from its parent model's"
+        note(f"{found}; add --license NAME to set another")
     return manifest
 
 

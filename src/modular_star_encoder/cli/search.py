@@ -25,36 +25,36 @@ _DEFAULTS: dict[str, Any] = {"exit_layers": (), "docs": False, "tests": True, "v
 _DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "dimension", "languages"))
 """Defaults of the options of `mose index` that are settings of a new index."""
 
-_RELATED = """Find code that resembles the code at a line. The index in the file's folder or a folder above is searched.
-Without such an index, mose searches the nearest folder above that has .git or a cached index; else the working folder,
-if the file is in it; else the file's folder."""
+_RELATED = """Find code that resembles the code at a line. mose searches the index in the file's folder or in a folder
+above. Without an index there, it searches the nearest folder above that has .git or a cached index. If there is no such
+folder either, it searches the working folder if the file is in it, and otherwise the file's folder."""
 
 
 def add_search_commands(commands: Any) -> None:
     """Add `mose index`, `search`, `related`, `mcp` and `demo` to the subparsers of `mose`."""
     add = add_command(commands, "index", run_index, "index a code folder, or bring its index up to date").add_argument
     add("folder", metavar="FOLDER", help="a folder of source code")
-    add("--out", metavar="INDEX", help="index: a folder, or qdrant:NAME@URL (default: .mose in FOLDER)")
+    add("--out", metavar="INDEX", help="index: a folder or qdrant:NAME@URL (default: .mose in FOLDER)")
     _add_checkpoint_options(add, "mose-code, which is built in")
-    add("--exit-layers", metavar="LIST", type=exit_list, default=(), help="exits to embed at: 4,9 or all")
-    add("--dimension", metavar="D", type=at_least(1), help="number of components of a vector to keep (default: all)")
+    add("--exit-layers", metavar="LIST", type=exit_list, default=(), help="exits to embed at, such as 4,9, or all")
+    add("--dimension", metavar="D", type=at_least(1), help="number of components to keep of a vector (default: all)")
     add("--languages", metavar="LIST", type=name_list, help="languages to read, separated by commas (default: all)")
     add("--docs", action="store_true", help="also read Markdown files, split at headings")
     add("--tests", action=argparse.BooleanOptionalAction, default=True, help="read test code")
     add("--vendored", action="store_true", help="also read vendored libraries and generated code")
     _add_show_skipped(add)
-    add("--rebuild", action="store_true", help="replace an existing index, whatever its settings")
+    add("--rebuild", action="store_true", help="replace an existing index, even one with other settings")
     add("--json", action="store_true", help="print the report as JSON")
 
     search = add_command(commands, "search", run_search, "find functions of a code folder by questions in prose")
     add, where = search.add_argument, search.add_mutually_exclusive_group()
-    question = 'such as "parse an HTTP header"; the last one may be the folder to search'
+    question = 'question, such as "parse an HTTP header"; the last word may be the folder to search'
     add("questions", metavar="QUESTION", nargs="+", help=question)
     _add_index(where.add_argument)
-    where.add_argument("--folder", metavar="FOLDER", help="folder to search, if it does not follow the questions")
+    where.add_argument("--folder", metavar="FOLDER", help="folder to search, if you do not give it after the questions")
     _add_checkpoint_options(add, "the index's, or mose-code for a new index")
     add("--languages", metavar="LIST", type=name_list, help="search only these languages, separated by commas")
-    add("--path", metavar="PATTERN", help="search only files whose path in FOLDER fits: '*.py', 'src/**'")
+    add("--path", metavar="PATTERN", help="search only files whose path in FOLDER fits a pattern: '*.py', 'src/**'")
     method = "hybrid (default): vectors, words and ranking rules; vector: vectors alone; lexical: no model"
     add("--method", choices=("hybrid", "vector", "lexical"), default="hybrid", help=method)
     add("--rerank-exit-layer", metavar="K", type=at_least(1), help="rank the best hits again at this deeper exit")
@@ -63,7 +63,7 @@ def add_search_commands(commands: Any) -> None:
     add("--margin", metavar="X", type=float, help=margin)
     _add_show_skipped(add)
     add("--no-refresh", action="store_false", dest="refresh", help="search the index without updating it first")
-    add("--explain", action="store_true", help="show what each ranking rule adds to a hit's score")
+    add("--explain", action="store_true", help="show what each ranking rule adds to the score of a hit")
     _add_output_options(add)
 
     related = add_command(commands, "related", run_related, "find code that resembles the code at a line")
@@ -80,10 +80,10 @@ def add_search_commands(commands: Any) -> None:
     about = "search an index on a page in the browser, two exits side by side"
     add = add_command(commands, "demo", run_demo, about).add_argument
     _add_index(add)
-    add("--model", metavar="CHECKPOINT", help="checkpoint of the index, if it has moved since the build")
+    add("--model", metavar="CHECKPOINT", help="new place of the index's checkpoint, if it has moved since the build")
     add("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, only for this machine)")
-    add("--port", metavar="N", type=at_least(0), help="port to serve on (default: the first free from 7860 on)")
-    source = "web address of the indexed folder, for links: https://github.com/OWNER/NAME/blob/REVISION/src"
+    add("--port", metavar="N", type=at_least(0), help="port to serve on (default: the first free port from 7860 on)")
+    source = "web address of the indexed folder, to link hits to: https://github.com/OWNER/NAME/blob/REVISION/src"
     add("--source", metavar="URL", help=source)
 
 
@@ -92,24 +92,24 @@ def _add_checkpoint_options(add: Callable[..., Any], default: str) -> None:
     add("--model", metavar="CHECKPOINT", type=checkpoint, help=what)
     exit_layer = "exit to embed at (default: 0 if the checkpoint has it, else the deepest)"
     add("--exit-layer", metavar="K", type=at_least(0), help=exit_layer)
-    add("--latency-ms", metavar="MS", type=positive, help="use the best exit that embeds within this time")
-    add("--memory-mb", metavar="MB", type=positive, help="use the best exit with at most this peak memory")
-    profile = "times and memory of the exits, from `mose profile` (default: exit_profile.json of the checkpoint)"
+    add("--latency-ms", metavar="MS", type=positive, help="use the best exit that embeds within MS milliseconds")
+    add("--memory-mb", metavar="MB", type=positive, help="use the best exit with a peak memory of at most MB megabytes")
+    profile = "file of `mose profile` with the costs of the exits (default: exit_profile.json of the checkpoint)"
     add("--profile", metavar="FILE", help=profile)
 
 
 def _add_index(add: Callable[..., Any]) -> None:
-    add("--index", metavar="INDEX", help="index to search (default: .mose in this folder or one above)")
+    add("--index", metavar="INDEX", help="index to search (default: .mose in this folder or in a folder above)")
 
 
 def _add_output_options(add: Callable[..., Any]) -> None:
     add("--top-k", metavar="N", type=at_least(1), default=5, help="number of hits (default: 5)")
-    add("--lines", metavar="N", type=at_least(0), default=3, help="number of lines shown of a hit (default: 3)")
+    add("--lines", metavar="N", type=at_least(0), default=3, help="number of lines to show of each hit (default: 3)")
     add("--json", action="store_true", help="print the hits as JSON")
 
 
 def _add_show_skipped(add: Callable[..., Any]) -> None:
-    add("--show-skipped", action="store_true", help="list the files that are not indexed, and why")
+    add("--show-skipped", action="store_true", help="list the files that are not indexed, with the reasons")
 
 
 def run_index(arguments: argparse.Namespace) -> None:
@@ -159,7 +159,7 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
 
 
 def _budget(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the budget for `Embedder.exits` from the options; UserError if options do not fit one another."""
+    """Return the budget for `Embedder.exits` from the options; UserError if options contradict each other."""
     given = {name: getattr(arguments, name) for name in ("latency_ms", "memory_mb", "profile")}
     budget = {name: value for name, value in given.items() if value is not None}
     has_limit, fault = bool(budget.keys() - {"profile"}), ""
@@ -220,7 +220,7 @@ def run_search(arguments: argparse.Namespace) -> None:
         note(f"exit {', '.join(map(str, exits))} of {model}, the index's own model, ranked the hits")
     if cascade is not None and not arguments.json:
         deep = f"{sum(answer.reranked for answer in answers)} of {len(answers)}"
-        note(f"exit {cascade.exit_layer} ranked again for {deep} questions")
+        note(f"exit {cascade.exit_layer} ranked the best hits again for {deep} questions")
 
 
 def _take_folder(arguments: argparse.Namespace) -> None:

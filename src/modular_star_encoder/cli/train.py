@@ -27,13 +27,13 @@ def add_train_commands(commands: Any) -> None:
     add_recipe_options(finetune, f"{recipe} mose-code", "data.pairs=pairs.csv", run_folder)
 
     ablate = add_command(commands, "ablate", run_ablate, "compare exits trained together with exits trained alone")
-    folder = "folder of runs and reports; an unfinished ablation is continued"
+    folder = "folder for runs and reports; an unfinished ablation is continued"
     add_recipe_options(ablate, f"{recipe} small", "finetuning.data.functions.folder=~/code", folder)
 
     recipes = add_command(commands, "recipes", run_recipes, "list, print or copy recipes", name=None, file=None)
     actions = recipes.add_subparsers(metavar="ACTION")
     actions.add_parser("list", help="list all recipes")
-    name = "such as small/finetune or mose-code/corpus; small alone is the first recipe in the folder small"
+    name = "name, such as small/finetune or mose-code/corpus; small alone is the first recipe in the folder small"
     show, copy = actions.add_parser("show", help="print a recipe"), actions.add_parser("copy", help="copy a recipe")
     for parser in (show, copy):
         parser.add_argument("name", metavar="NAME", help=name)
@@ -44,14 +44,14 @@ def add_train_commands(commands: Any) -> None:
 
 
 def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
-    """Append the keys of recipes to the command's `--help`; torch is imported only when this help is printed."""
+    """Append the list of recipe keys to a command's `--help`; torch is imported only when this help is printed."""
     plain = parser.format_help
 
     def format_help() -> str:
         try:
             from modular_star_encoder.training.ablation import recipe_reference
         except ModuleNotFoundError as error:
-            return f"{plain()}\nFor a list of all keys: {missing_extra(error, 'train') or error}\n"
+            return f"{plain()}\nThe list of all keys is not available: {missing_extra(error, 'train') or error}\n"
         return f"{plain()}\n{recipe_reference(parser.prog.split()[-1])}"
 
     parser.format_help = format_help  # type: ignore[method-assign]
@@ -63,7 +63,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
         width = max(len(one.name) for one in recipes)
         for one in recipes:
             print(f"mose {one.command:13} {one.name:{width}}  {one.summary}")
-        print("\nThe part before the / is enough: `mose finetune mose-code` takes its first recipe of that name.")
+        print("\nThe part before / is enough: `mose finetune mose-code` takes the first finetune recipe of mose-code.")
         return
     path = find_recipe(arguments.name)
     in_folder = [one for one in packaged_recipes() if one.name.startswith(f"{arguments.name}/")]
@@ -78,11 +78,11 @@ def run_recipes(arguments: argparse.Namespace) -> None:
     if os.path.exists(arguments.file):
         raise UserError("files.exists", f"{arguments.file} already exists; name a new file.")
     write_text(arguments.file, text)
-    print(f"{path.parent.name}/{path.stem} is now in {arguments.file}")
+    print(f"The recipe {path.parent.name}/{path.stem} is now in {arguments.file}")
 
 
 def _check_early(arguments: argparse.Namespace, command: str) -> None:
-    """Check the recipe, KEY=VALUE, the model's name and the files of pairs before torch is imported, which is slow."""
+    """Check recipe, KEY=VALUE, the model's name and files of pairs before the slow import of torch."""
     from modular_star_encoder.data.pairs import check_sources
     from modular_star_encoder.utils.settings import read_mapping
 
@@ -109,7 +109,7 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
     entropy = log["unigram_entropy"]
     if (best := min(losses, default=entropy)) > 0.9 * entropy:
         better = "much better" if best < entropy else "better"
-        print(f"No exit is {better} than such a guess: train on more repositories, or for more steps in another --out.")
+        print(f"No exit is {better} than `guess`: train on more repositories, or for more steps in another --out.")
     model = os.path.join(arguments.out, "model")
     print(f"The model is in {model}, and the table above in report.md. To fine-tune the model for search,")
     print("run one of these (1,000 steps, hours on a CPU; max_steps=100 warmup_steps=10 is a trial):")
@@ -128,15 +128,15 @@ def run_finetune(arguments: argparse.Namespace) -> None:
     report, also = Path(arguments.out, REPORT), ""
     if report.is_file():  # not for classifiers
         print(f"\n{report.read_text(encoding='utf-8')}")
-        also = f", these tables in {report}"
+        also = f", and the tables above in {report}"
     for split, scores in log.get("scores", {}).items():  # only for classifiers
         header = [f"{split} (%), exit", *next(iter(scores.values()))]
         rows = [[str(exit_layer), *map(percent, values.values())] for exit_layer, values in scores.items()]
         print("", *markdown_table([header, *rows]), sep="\n")
     model = os.path.join(arguments.out, "model")
-    print(f"{log['steps']} steps; result in {model}{also}")
+    print(f"{log['steps']} steps; the model is in {model}{also}")
     if report.is_file():
-        print(f"search with it: mose search QUESTION FOLDER --model {shlex.quote(model)}")
+        print(f"search with the model: mose search QUESTION FOLDER --model {shlex.quote(model)}")
         print(f"in Python: import modular_star_encoder, sentence_transformers as st; st.SentenceTransformer({model!r})")
 
 

@@ -44,7 +44,7 @@ class Answer:
     method: str = "hybrid"  # how the hits were found: `vector`, `lexical` or `hybrid`
 
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
-        """Return the answer as in `mose search --json`; `explain` adds the hits' `reasons`. Later versions may add more."""
+        """Return the answer of `mose search --json`; `explain` adds `reasons` to hits. Later versions may add keys."""
         values = asdict(self)
         if not explain:
             for hit in values["hits"]:
