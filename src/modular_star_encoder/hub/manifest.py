@@ -83,7 +83,7 @@ class RepositorySettings:
         odd += [file for file in sections if os.path.getsize(file) > _MAX_SECTION]
         key, fault = "", ""
         if self.slice_of and given:
-            key, fault = "slice", f"is a slice of {self.slice_of}: remove {', '.join(given)}, which it takes from there"
+            key, fault = "slice", f"is a slice: remove {', '.join(given)}, taken from {self.slice_of} instead"
         elif self.slice_of is None and self.checkpoint is None:
             key, fault = "checkpoint", "needs either `checkpoint` or `slice_of`"
         elif (self.slice_of is None) != (self.exit_layer is None):
@@ -172,7 +172,7 @@ def folder_manifest(
 ) -> Manifest:
     """Return a manifest that publishes one checkpoint folder as `repository` ("owner/name").
 
-    If `license` is None, the licence is taken from the checkpoint's card, or from its parent's (see `stored_license`).
+    If `license` is None, the licence is taken from the card of the checkpoint or of its parent (see `stored_license`).
     """
     check_repository_id(repository)
     namespace, _, name = repository.partition("/")

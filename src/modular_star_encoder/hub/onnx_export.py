@@ -275,10 +275,10 @@ def export_onnx_folder(
 
     Raises UserError, and writes no folder, if the float32 ONNX file and the model differ in their outputs for random
     texts or in their scores on `tasks`. With `int8`, a file with 8-bit weights is written too; this needs `tasks`. If
-    `out` is None, the folder is `default_folder`.
+    `out` is None, `default_folder` names the folder.
     """
     if int8 and not tasks:
-        raise UserError("hub.onnx.int8", "`int8` needs `tasks`: they measure how much quality 8 bits lose.")
+        raise UserError("hub.onnx.int8", "`int8` needs `tasks`, to measure how much quality is lost.")
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device="cpu", dtype=torch.float32)
     exit_layer = model.config.num_hidden_layers
     checkpoints.check_servable(model.config)

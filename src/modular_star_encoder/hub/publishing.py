@@ -327,7 +327,7 @@ def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
 
 
 def _same(file: Path, there: RepoFile) -> bool:
-    """Return whether a local file equals the Hub's file `there`, by its SHA-256 (a file in LFS) or git's SHA-1."""
+    """Return whether a local file equals the Hub's file `there`, by SHA-256 (files in LFS) or git's SHA-1."""
     with file.open("rb") as content:
         if there.lfs is not None:
             return hashlib.file_digest(content, "sha256").hexdigest() == there.lfs.sha256

@@ -35,7 +35,7 @@ class ReloadRequest:
 def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[dict[str, np.ndarray]]:
     """Embed texts with checkpoints in a new offline process, with the model code in each checkpoint's folder.
 
-    Return a dictionary of float32 arrays for each request, with N texts, embedding size D and vocabulary size V:
+    Return a dictionary of float32 arrays for each request (N texts, embeddings of size D, a vocabulary of size V):
 
         auto_model             embeddings (N, D) from AutoModel, at the deepest exit
         sentence_transformer   embeddings (N, D) from SentenceTransformer, at the deepest exit

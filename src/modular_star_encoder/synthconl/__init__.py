@@ -1,1 +1,1 @@
-"""Build a dataset like SynthCoNL: extract functions, translate them, drop near-duplicates, split, publish."""
+"""Build a dataset like the paper's SynthCoNL: extract and translate functions, drop near-duplicates, publish."""

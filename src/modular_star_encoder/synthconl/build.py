@@ -196,7 +196,7 @@ def functions(build: Build, out: Path) -> Report:
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # reported now, before the translation is paid for
         if repositories:
-            message = f"All functions are from the repository {repositories.pop()!r}. Add another one, for validation."
+            message = f"All functions are in {repositories.pop()!r}. Add another repository to `corpus` for validation."
             raise UserError("synthconl.build.one_repository", message)
         message = f"`corpus` has no documented function to translate ({_listed(counts)})."
         raise UserError("synthconl.build.empty", message)
@@ -361,7 +361,7 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 
 
 def _read_log(build: Build) -> dict[str, Any]:
-    """Return the log of earlier builds in the folder; UserError if a setting has changed, or for unrelated files."""
+    """Return the log of earlier builds in `out`; UserError if a setting has changed or `out` has unrelated files."""
     out, log, kinds = build.out, {}, {"settings": dict[str, Any], "seconds": float}
     if (out / LOG).is_file():
         log = read_record(out / LOG, "synthconl.build.damaged", "Build in another folder", each=True, **kinds)

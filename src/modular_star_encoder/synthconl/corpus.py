@@ -280,7 +280,7 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
 
 
 def _is_own(row: Row, package: Package) -> bool:
-    """Return whether a row is of `package` and has a str in each column of a pair or, if it has `text`, of a text."""
+    """Return whether a row (a pair or a text) is from `package` and has a str in each column that belongs to it."""
     columns = ("text", "kind") if "text" in row else ("code", "description", "name")
     texts = all(isinstance(row.get(column), str) for column in ("language", *columns))
     return texts and row.get("package") == ":".join(package[:2])
@@ -370,7 +370,7 @@ def check_corpus(
     hits: list[str] = []
 
     def others(path: Path, counts: Counter[str], digest: Any) -> Iterator[Row]:
-        """Yield a file's rows that match no evaluation text; add matches to `hits`, all rows to `counts`, `digest`."""
+        """Yield the rows that match no evaluation text; add all rows to `counts` and `digest`, matches to `hits`."""
         for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
             row = row if isinstance(row, dict) else {}
             kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]

@@ -34,7 +34,7 @@ Row = dict[str, str | None]
 
 
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
-    """Open a source of functions: with `open_dataset_rows` if it has the key `codesearchnet`, else `open_corpus`."""
+    """Open a source of functions by `open_dataset_rows` if it has the key `codesearchnet`, else by `open_corpus`."""
     if "codesearchnet" in corpus:
         options = dict(corpus)
         return open_dataset_rows(options.pop("codesearchnet"), _CODESEARCHNET_COLUMNS, **options)

@@ -122,7 +122,7 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
 
 
 def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any:
-    """Return `read(path)`, or None if `path` is missing; UserError if the file is damaged or has not `rows` rows."""
+    """Return `read(path)`, or None if there is no file; UserError if it is damaged or its row count is not `rows`."""
     try:
         if files.leads_outside(path, out) or (path.exists() and not path.is_file()):
             raise ValueError("it is a link out of the folder or not a regular file")
@@ -156,7 +156,7 @@ def _digest(texts: Iterable[str | None]) -> str:
 def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
-    """Write missing files of fingerprints (Arrow's IPC format, then a SHA-256); return a list of them per column."""
+    """Write missing files of fingerprints (Arrow IPC, then a SHA-256); return the fingerprints, a list per column."""
     empty = fingerprint([], settings.banding)
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []

@@ -95,7 +95,7 @@ class DuplicateSettings:
 
 
 def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes of all shingles, uint64, and bounds: those of text i are `hashes[bounds[i]:bounds[i + 1]]`."""
+    """Return the hashes of all shingles, uint64, and bounds; text i has those from `bounds[i]` to `bounds[i + 1]`."""
     size = SHINGLE_CHARACTERS
     padded = [text.ljust(size, _FILLER) if text.strip() else "" for text in texts]
     lengths = np.array([len(text) for text in padded], np.int64)

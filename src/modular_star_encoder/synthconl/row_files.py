@@ -65,7 +65,7 @@ def row_files(folder: Path) -> list[Path]:
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows that `write_rows` wrote to a folder, in order; all columns if `columns` is None."""
+    """Yield the rows that `write_rows` wrote to a folder, in order, with all columns if `columns` is None."""
     for file in row_files(folder):
         yield from read_file(file, columns)
 

@@ -18,7 +18,7 @@ _MAIN = {command: place for place, command in enumerate(("finetune", "recipe", "
 
 @dataclass(frozen=True, slots=True)
 class PackagedRecipe:
-    """A recipe that comes with this package: its name, such as `small/finetune`, its `mose` command, and its file."""
+    """A recipe of this package: its name, such as `small/finetune`, the `mose` command that runs it, and its file."""
 
     name: str
     command: str
@@ -76,7 +76,7 @@ def hub_config_folder(name: str) -> Path:
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Return (folder or Hub id, whether weights exist) for a recipe's `model`, here `name`; a Hub id counts as True."""
+    """Return (folder or Hub id, whether weights exist) for a recipe's `model`; for a Hub id, weights are assumed."""
     folder = user_path(name)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
         return name, True  # without a look at the Hub

@@ -199,7 +199,7 @@ def ablate(
 ) -> dict[str, Any]:
     """Train and evaluate the models whose results are missing in the folder `out`, then compare all models.
 
-    `out/data/` gets the rows, and `out/cells/` a file for each training run. `ablation.json` (the result, see
+    `out/data/` gets the rows of the data, `out/cells/` a file for each training run. `ablation.json` (the result, see
     `Results.summary`), `ablation.md` and `ablation.png` are written after every ten runs and at the end.
     """
     cells = _Cells(recipe, Path(out), progress, announce)

@@ -67,12 +67,12 @@ class MultiExitTrainingArguments(TrainingArguments):
     exit_weights: str | list[float] = field(default="paper", metadata={"help": "weights of the exits' losses"})
     normalize_exit_weights: bool = field(default=False, metadata={"help": "divide exit_weights by their sum"})
     exit_schedule: str = field(default="all", metadata={"help": "exits to train in each step"})
-    detach_shallow_exits: bool = field(default=False, metadata={"help": "train the trunk by the deepest exit"})
+    detach_shallow_exits: bool = field(default=False, metadata={"help": "only the deepest exit trains the trunk"})
     share_heads: bool = field(default=False, metadata={"help": "keep the exits' projection heads equal"})
     ema_decay: float = field(default=0.0, metadata={"help": "decay of the moving average of the weights, or 0"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log norms of the exits' gradients"})
     milestones: list[int] = field(default_factory=list, metadata={"help": "steps at which the learning rate changes"})
-    fractions: list[float] = field(default_factory=list, metadata={"help": "rate at each milestone / learning_rate"})
+    fractions: list[float] = field(default_factory=list, metadata={"help": "learning rate by milestone, 1 = peak"})
 
     def __post_init__(self) -> None:
         decay, other_weights = self.ema_decay, self.fsdp or self.load_best_model_at_end
@@ -85,7 +85,7 @@ class MultiExitTrainingArguments(TrainingArguments):
             fits = False
         if not fits:
             message = f"milestones={self.milestones!r} must be ascending steps, none below warmup_steps="
-            message += f"{self.warmup_steps}, and fractions={self.fractions!r} one number >= 0 for each milestone."
+            message += f"{self.warmup_steps}; fractions={self.fractions!r} must be one number >= 0 for each milestone."
             raise UserError("training.schedule", message)
         if not isinstance(decay, int | float) or not 0 <= decay < 1 or (decay and other_weights):
             message = f"ema_decay={decay!r} must be at least 0 and below 1; set it to 0 if you use fsdp or "

@@ -67,8 +67,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a model for retrieval, or continue an interrupted run of the recipe in `out`; return the training log.
 
-    `out` gets `data/`, `checkpoints/`, and at the end `report.md` (scores of all exits), `model/` (with the log), and
-    with `lora` also `adapter/`. With several processes, every process calls this function.
+    `out` gets `data/`, `checkpoints/`, and at the end `report.md` (scores of all exits), `model/` (with the training
+    log), and with `lora` also `adapter/`. With several processes, every process calls this function.
     """
     out, state = Path(out), runs.processes_of_run()
     processes, shown = state.num_processes, progress and state.is_main_process

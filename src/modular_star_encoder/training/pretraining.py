@@ -1,4 +1,4 @@
-"""Pre-train a model from a recipe: train a tokenizer, tokenize the corpus, train the model. Runs can be continued."""
+"""Pre-train a tokenizer and a model on a corpus, as a recipe says. An interrupted run can be continued."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping

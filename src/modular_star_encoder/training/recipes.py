@@ -100,7 +100,7 @@ class TrainingSettings:
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def batches(self, processes: int) -> dict[str, Any]:
-        """Return training arguments that split a batch evenly over `processes` devices; UserError if they can't."""
+        """Return training arguments that split a batch evenly over `processes` devices; UserError if impossible."""
         return {"per_device_train_batch_size": 1}
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class TrainingSettings:
         given = {one.name: getattr(self, one.name) for one in fields(TrainingSettings)}
         given |= given.pop("training")
         if twice := sorted(set(given) & set(decided)):
-            message = f"Leave out {', '.join(twice)}: the recipe's other settings already decide this."
+            message = f"Leave out {', '.join(twice)}, which other settings of the recipe determine."
             raise UserError("training.arguments.decided", message)
         defaults: dict[str, Any] = {"eval_strategy": "steps", "report_to": "none", "disable_tqdm": not progress}
         defaults |= {"bf16": bf16_is_faster(), "use_cpu": not torch.cuda.is_available()}
@@ -359,5 +359,5 @@ AnyRecipe = TypeVar("AnyRecipe")
 
 
 def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read recipe `path` as the class `kind`, with `overrides` such as `seed=1`; see `find_recipe`, `load_settings`."""
+    """Read recipe `path`, with `overrides` such as `seed=1`, as an instance of the class `kind`; see `find_recipe`."""
     return load_settings(kind, find_recipe(os.fspath(path), getattr(kind, "COMMAND", "finetune")), overrides)

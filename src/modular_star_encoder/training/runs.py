@@ -155,7 +155,7 @@ def processes_of_run() -> PartialState:
 def check_folder(out: Path, mark: str, kind: str) -> None:
     """Raise UserError (`training.run.not_a_run`) if `out` is a file, or a folder with files but no file `mark`.
 
-    `mark` is the file or folder that shows that `out` is ours. Hidden files do not count.
+    `mark` is the name of a file or folder that every earlier run has written. Hidden files do not count.
     """
     if out.is_file():
         raise UserError("training.run.not_a_run", f"Name a folder: {out} is a file.")
@@ -217,9 +217,9 @@ class Run:
         self._held = hold(out) if self._written.is_file() and self.log is None else None
 
     def check_start(self, name: str, checksum: str | None, other: str) -> None:
-        """Keep a checksum for `begin` to write; UserError if `start.json` of a run with a checkpoint has another.
+        """Keep a checksum for `begin` to write; UserError if a run with a checkpoint has stored another checksum.
 
-        `other` ends the message (`training.run.other_settings`): it says from what the run was trained.
+        The message (`training.run.other_settings`) contains `other`, which says from what the run was trained.
         """
         self._start[name], file = checksum, self._out / "start.json"
         before = read_record(file, "training.run.damaged") if self._trained and file.is_file() else {}
@@ -290,7 +290,7 @@ def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
 
 
 def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
-    """Return the trained model's {metric: value}; if the log has no metrics of it, print `notice` and evaluate."""
+    """Return the trained model's {metric: value}; if the log lacks them, print `notice` and evaluate the model."""
     args, state = trainer.args, trainer.state
     replaced = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the last step's weights
     found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]
@@ -388,7 +388,7 @@ def format_log(logs: dict[str, float]) -> str:
 
 
 class ExitProgressCallback(ProgressCallback):
-    """`Trainer`'s progress bar with the time left and readable log lines; on a CPU, it announces a long run."""
+    """`Trainer`'s progress bar with the time left and readable log lines; on a CPU, the bar announces a long run."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

@@ -73,7 +73,7 @@ class StartingPoint(Generic[Model]):
             model_class(copy.deepcopy(config)).set_attn_implementation(recipe.attn_implementation)
 
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
-        """Load the model, in float32, and its tokenizer. New weights follow the recipe's seed, the same in every call.
+        """Load the model, in float32, and its tokenizer; the recipe's seed gives equal new weights in every call.
 
         The tokenizer encodes a text as `<sep> text <cls>` (see `with_template`). For retrieval, a tokenizer for which
         `adds_no_tokens` is true, such as that of mose-code, is not changed, and adds no special tokens.
@@ -111,7 +111,7 @@ class StartingPoint(Generic[Model]):
         return model, tokenizer
 
     def save(self, trainer: MultiExitTrainer, out: Path) -> None:
-        """Write the trained model, with LoRA adapters merged, and its tokenizer; every process must call this."""
+        """Write the trained model, with LoRA adapters merged, and its tokenizer; call it in every process."""
         lora = self._recipe.lora is not None
         network: Any = trainer.model
         network.config.unpad_inputs = self.config.unpad_inputs
@@ -138,7 +138,7 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
 
 @torch.no_grad()
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
-    """Set the bias of the MLM decoder to log token frequencies, from `token_counts` plus one, shape (V tokens,)."""
+    """Set the bias of the MLM decoder to log token frequencies, from `token_counts`, shape (V tokens,), plus one."""
     counts = token_counts.to(decoder.bias) + 1
     decoder.bias.copy_((counts / counts.sum()).log())
 

@@ -207,7 +207,7 @@ class MultiExitTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint. First correct dates of checkpoints in the future: `Trainer` keeps checkpoints by date."""
+        """Save a checkpoint; first give past dates to old checkpoints from the future: `Trainer` keeps the newest."""
         now, steps = time.time(), checkpoints(self._folder) if self.args.should_save else {}
         if any(folder.stat().st_mtime > now for folder in steps.values()):
             for age, number in enumerate(sorted(steps, reverse=True), start=1):
@@ -218,7 +218,7 @@ class MultiExitTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load optimizer and scheduler as `Trainer` does, warn of missing states, and note where the average is."""
+        """Load optimizer and scheduler as `Trainer` does; warn of missing states; note where the average is stored."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -376,7 +376,7 @@ def missing_files(checkpoint: str | os.PathLike[str], needed: Sequence[str]) -> 
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:
-    """Write the files that `SentenceTransformer` needs to `folder`, if it can compute the model's embeddings."""
+    """Write SentenceTransformer's files to `folder`, if SentenceTransformer can compute the model's embeddings."""
     config: Any = getattr(model, "config", None)
     saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
     if saved and is_servable(config):
