@@ -49,7 +49,7 @@ DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
 
 def number(lowest: float, highest: float, *, default: Any) -> Any:
-    """Return a dataclass field for None or a number from `lowest` to `highest`; larger numbers may fill memory."""
+    """Return a dataclass field for None or a number from `lowest` to `highest`; larger numbers may fill the memory."""
 
     def check(value: float | None) -> None:
         if value is not None and not lowest <= value <= highest:
@@ -84,8 +84,9 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         use_bias (`bool`, defaults to `True`): Whether the linear layers of attention and MLP have biases.
         is_causal (`bool`, defaults to `False`): Whether a token attends only to itself and earlier tokens.
         attention_dropout, residual_dropout, embedding_dropout (`float`, default to 0.1): Dropout rates.
-        rope_parameters (`dict`, *optional*): Rotary embedding, as in transformers; default base 999999.4420358813.
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
+        rope_parameters (`dict`, *optional*): Rotary embedding, as in transformers; its default base (`rope_theta`) is
+            999999.4420358813.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Ids of special tokens.
         exit_layers (`Sequence[int]`, *optional*): The trained exits, ascending. Exit k is the output after k layers;
             exit 0 is the token embeddings. The last exit must equal `num_hidden_layers`. By default, exits are after
             1/9, 1/4, 1/2, 3/4 and all of the layers, like the paper's exits 4, 9, 18, 27 and 36 of 36 layers.
@@ -94,8 +95,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         exit_norm (`str`, defaults to `"last"`): Exits that apply the final layer norm to their states. `"last"`: only
             the exit after the last layer, as in the published models. `"all"`: every exit. `"none"`: no exit, as in a
             slice of a `"last"` model, because a slice lacks the last layer.
-        exit_embedding_size (`int`, defaults to 4): Size of the learned vector of each exit. The heads that all exits
-            share get this vector as an additional input.
+        exit_embedding_size (`int`, defaults to 4): Size of a vector that is learned for each exit. The heads that all
+            exits share get the vector of the exit as an additional input.
         exit_embedding_rows (`int`, *optional*): Number of exits that have a learned vector: the first ones of
             `parent_exit_layers`. Other exits have a vector of zeros. By default, every exit has a learned vector.
         projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
@@ -109,23 +110,23 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             `"lasttoken"`, the last real token; or `"legacy"`, the token at index `attention_mask.sum() - 1` of the row,
             as in a predecessor of the published models. With padding on the left, this token is not the last real one.
         token_weights (`bool`, defaults to `False`): Whether mean pooling weights the tokens: each vocabulary entry has
-            a learned weight of at least 0. Needs `pooling="mean"`.
+            a learned weight; negative weights count as 0. Needs `pooling="mean"`.
         embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides every embedding by its norm. `"clip"`
             divides only embeddings with a norm above 1, as in a predecessor of the published models.
         logit_scale_init_value (`float`, *optional*): Initial value, from 1 to 100, of a learned multiplier of
-            similarities. The multiplier is a weight of the retrieval model, which contrastive training updates. By
-            default, the model has no multiplier, and training uses the fixed multiplier in its settings.
+            similarities. Contrastive training updates this multiplier, and it is saved with the retrieval model. By
+            default, the model has no multiplier, and training uses the fixed `logit_scale` of its settings.
         pooler_position (`str`, defaults to `"last"`): Token whose state classifiers read: the `"last"` real token
             (`<cls>`) or the `"first"`.
-        output_all_exits (`bool`, *optional*): What `forward` returns if the call names no exit: every exit if True,
-            only the deepest if False. The default is True for published checkpoints and False for all others.
+        output_all_exits (`bool`, *optional*): Whether `forward` returns every exit if the call names no exit; if False,
+            it returns only the deepest. The default is True for published checkpoints and False for all others.
         classifier_dropout (`float`, defaults to 0.1): Dropout before the sequence classifier.
         instruction_prompts (`bool`, defaults to `True`): Whether the prompts of fine-tuning had the published
             instructions. Evaluation and search read this key to use the same prompts; the model does not read it.
         unpad_inputs (`bool`, defaults to `False`): Whether layers skip padding tokens. Attention then runs on groups of
             texts of similar length. Outputs keep the padded shape, with zeros at padding. Has no effect at exit 0, or
             with `output_hidden_states` or `output_attentions`. Does not work with `torch.compile(fullgraph=True)`,
-            because it reads the lengths of the texts on the CPU.
+            because the model then reads the lengths of the texts on the CPU.
         parent_exit_layers (`Sequence[int]`, *optional*): Exits of the parent, the model that this model was cut from.
             The index of an exit in this list is its row in the exit embedding. By default `exit_layers`.
         parent_num_hidden_layers (`int`, *optional*): Number of layers of the parent. The loss of exit k has the
@@ -235,8 +236,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from the content of a config.json; `[x]` counts as `x` where one value is expected.
 
-        Keys that choose a weights file or an attention implementation are ignored, because the file may be pickled, and
-        the implementation may compile code.
+        Keys that choose a file of weights or an attention implementation are ignored, because the chosen file may be
+        pickled, and the chosen implementation may compile code.
         """
         lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
 
@@ -269,7 +270,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         ascending = exits == sorted(set(exits)) and exits[:1] >= [0] and exits[-1] == depth
         if not ascending or not set(exits) <= set(parents):
             raise ValueError(
-                f"exit_layers={exits} must be ascending integers of at least 0. The last must equal num_hidden_layers="
+                f"exit_layers={exits} must be ascending integers, not negative. The last must equal num_hidden_layers="
                 f"{depth}, and all must be among parent_exit_layers={parents}."
             )
         if self.exit_layer is not None:

@@ -71,7 +71,7 @@ SHORTEST_IN_GROUP = 0.8
 
 @dataclass
 class ModularStarEncoderModelOutput(ModelOutput):
-    """Output of the trunk (`ModularStarEncoderModel`) for B rows of T tokens and E requested exits; H: hidden size.
+    """Output of the trunk (`ModularStarEncoderModel`) for B rows of T tokens and E requested exits; H is hidden_size.
 
     Args:
         last_hidden_state: (B, T, H), states of the deepest requested exit.
@@ -94,10 +94,12 @@ class ModularStarEncoderModelOutput(ModelOutput):
 class ModularStarEncoderForPreTrainingOutput(ModelOutput):
     """Output of the pre-training model for B rows of T tokens at E requested exits, shallowest first; V is vocab_size.
 
+    MLM is masked language modelling, ICC in-context classification.
+
     Args:
         loss: scalar, the sum over exits of `config.exit_weight` × (MLM loss + ICC loss); `None` without labels.
-        logits: (B, T, V), scores of every vocabulary entry at the deepest requested exit. `None` with `labels`, because
-            logits are then computed only at masked positions, for the loss.
+        logits: (B, T, V), scores of every vocabulary entry at the deepest requested exit. `None` if `labels` are given,
+            because logits are then computed only at masked positions, for the loss.
         icc_logits: (E, B, 2), where class 1 means that both snippets come from the same repository.
         mlm_losses, mlm_accuracies: (E,), means over masked tokens; `None` without `labels`.
         icc_losses, icc_accuracies: (E,), means over the batch; `None` without `icc_labels`.
@@ -132,8 +134,8 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     Args:
         last_hidden_state: (B, T, D), states of the deepest requested exit after its projection head. With token
-            weights, each state is multiplied by its token's weight and divided by the mean weight of the text. The
-            plain mean of these states is the weighted mean.
+            weights, each state is multiplied by its token's weight and divided by the mean weight of the text, so that
+            the plain mean of the multiplied states is the weighted mean of the states.
         sentence_embedding: (B, D), normalised embeddings at the deepest requested exit.
         exit_embeddings: (E, B, D), normalised embeddings at every requested exit, shallowest first.
         logit_scale: (1,) float32, the learned multiplier of similarities; `None` if the model has none.
@@ -162,7 +164,7 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
 @dataclass
 class ModularStarEncoderForSequenceClassificationOutput(ModelOutput):
-    """Output of the sequence classifier for B texts at E requested exits.
+    """Output of the sequence classifier for B texts at E requested exits; `num_labels` is a field of the config.
 
     Args:
         loss: scalar, the sum over requested exits of `config.exit_weight` × the exit's loss; `None` without `labels`.
@@ -231,7 +233,7 @@ class DocumentGroup:
         return DocumentGroup(*(None if one is None else one.to(device) for one in (self.tokens, self.real, self.mask)))
 
     def padded(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the padded states (G, heads, L, head_dim); `states` are the flat batch (N, heads, head_dim)."""
+        """Return the group's states, padded to (G, heads, L, head_dim), from the flat batch (N, heads, head_dim)."""
         # `index_select` copies whole rows. Indexing with a tensor takes three times as long, its gradient four times.
         return states.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape).transpose(1, 2)
 
@@ -274,7 +276,7 @@ class DocumentGroups:
         return DocumentGroups([group.to(device) for group in self.groups], self.places.to(device))
 
     def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
-        """Apply `attention` within each text to 3 tensors (1, heads, N, head_dim); return (1, N, heads, head_dim)."""
+        """Apply `attention` within each text to queries, keys, values (1, heads, N, head_dim); return its outputs."""
         flat = [states[0].transpose(0, 1) for states in query_key_value]
         outputs = [
             attention(*(group.padded(states) for states in flat), group.mask)[0].flatten(0, 1) for group in self.groups
@@ -315,7 +317,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: ModularStarEncoderConfig, device: torch.device | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, float]:
-        """Return (frequencies (d/2,), scaling 1.0): rope_theta^(-2i/d) for i < d/2, d = head_dim (arXiv 2104.09864)."""
+        """Return d/2 frequencies rope_theta^(-2i/d), i < d/2, and the scaling 1.0; d is head_dim (arXiv 2104.09864)."""
         powers = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** powers), 1.0
 
@@ -467,8 +469,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         Heads that are missing from the checkpoint are initialised at random, with a warning.
 
         Raises:
-            ValueError: the checkpoint lacks tensors of the trunk, or has unknown tensors; the message names them. The
-                names are not checked with `state_dict`, or with `output_loading_info=True`, which returns them.
+            ValueError: the checkpoint lacks tensors of the trunk, or has unknown tensors; the message names them. With
+                `state_dict`, or with `output_loading_info=True`, which returns the names, names are not checked.
             RuntimeError: tensors have other shapes than the model's, and `ignore_mismatched_sizes` is False.
         """
         if kwargs.get("exit_layer") is not None and isinstance(kwargs.get("config"), PreTrainedConfig):
@@ -517,7 +519,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing, because `save_pretrained` writes the model code and an `auto_map` of all classes.
 
-        transformers' method would list only the saved class, and finds no file for wrapped or user-defined classes.
+        The method of transformers would list only the saved class, and fails for wrapped or user-defined classes.
         """
 
     def save_pretrained(  # type: ignore[override]
@@ -571,8 +573,8 @@ def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None
         if names:
             listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(
-                f"{len(names)} trunk tensors are {problem} {place} {source}: {listed}. Give a config.json that fits "
-                "the weights."
+                f"{len(names)} tensors of the trunk (embedding, layers, norm) are {problem} {place} {source}: {listed}."
+                " Give a config.json that fits the weights."
             )
 
 
@@ -602,7 +604,7 @@ def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str,
 
 
 def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """Return {name: whole tensor}, gathered in the first process, if `fully_shard` split the model; else `None`."""
+    """Return {name: whole tensor}, gathered in the first process, if `fully_shard` has split the model; else `None`."""
     # With a `distributed_config`, transformers has split the tensors when it loaded them, and also gathers them.
     if getattr(model.config, "distributed_config", None) is not None or not torch.distributed.is_available():
         return None
@@ -676,11 +678,13 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids.
-            attention_mask: (B, T), 1 for real tokens and 0 for padding on either side; or a 4D mask of the backend.
-            position_ids: (B, T), or (1, T) for all rows; by default, each row counts its real tokens from 0. Without
-                `attention_mask`, each restart of the positions in a row begins another text (packing). Tokens of
-                different texts do not attend to each other.
-            inputs_embeds: (B, T, H) in place of `input_ids`; with `start_layer`, the `residual_states` to resume from.
+            attention_mask: (B, T), 1 for real tokens and 0 for padding on either side; or a 4D mask for the attention
+                implementation.
+            position_ids: (B, T), or (1, T) for all rows; by default, the real tokens of each row are counted from 0.
+                Without `attention_mask`, a row may hold several texts (packing): wherever its positions start again, a
+                new text begins. Tokens of different texts do not attend to each other.
+            inputs_embeds: token embeddings (B, T, H) in place of `input_ids`; with `start_layer`, the
+                `residual_states` to resume from.
             exit_layer: the exit to return; by default the deepest, or every exit with `config.output_all_exits`.
             exit_layers: several exits to return from one pass, in place of `exit_layer`.
             start_layer: number of layers already executed on `inputs_embeds`. The outputs equal those of an
@@ -688,12 +692,12 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             output_residual_states: also return each exit's states before the final norm.
             **kwargs: `cu_seq_lens_q`, (number of texts + 1,) int32, divides a flat batch (1, N) into texts: text i has
                 the tokens `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1] - 1`. It works with every attention backend.
-                `unpad_inputs` replaces the setting of the configuration, but not with pooling "legacy", which reads
-                padding. Other keys are those of transformers, such as `output_hidden_states`.
+                `unpad_inputs` replaces the setting of the configuration; it has no effect with pooling "legacy", which
+                reads padding. Other keys are those of transformers, such as `output_hidden_states`.
 
         Raises:
             ValueError: this model lacks an exit (the message lists its exits); an exit is not above `start_layer`; not
-                exactly one of `input_ids` and `inputs_embeds` is given; the batch or its mask has another shape; on a
+                exactly one of `input_ids` and `inputs_embeds` is given; the batch or its mask has a wrong shape; on a
                 CPU, a token id is out of range; or `cu_seq_lens_q` is given for several rows.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
@@ -760,9 +764,9 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         position_ids: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor] | None]:
-        """Arrange a batch for the layers: padded (B, T, H), or flat (1, N, H), with all texts in one row, unpadded.
+        """Arrange a batch for the layers: padded, (B, T, H), or flat, (1, N, H): the N real tokens of all texts.
 
-        Returns states, positions, the attention backend's mask, and a function that restores the batch's shape (None if
+        Returns states, positions, the mask for attention, and a function that restores the shape of the batch (None if
         the shape has not changed). For a flat batch, adds arguments to `kwargs` that keep attention within texts.
         """
         if position_ids is not None:
@@ -814,7 +818,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     def _attention_mask(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> Any:
-        """Return a mask for the attention backend. It hides padding, or separates packed texts by their positions."""
+        """Return a mask for attention, which hides padding, or separates packed texts of a row by their positions."""
         apart = None
         if attention_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
@@ -831,7 +835,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return bounds (texts + 1,): each text's start in the flat batch, then B · T; `None` if each row is one text."""
+    """Return the start of each text in the flat batch, then the number of tokens; `None` if each row is one text."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -849,9 +853,9 @@ def _document_bounds(
 def _unpad(
     states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the N real tokens in one row (1, N, H), the texts' bounds, and a function that pads such a row again.
+    """Return the N real tokens in one row (1, N, H), the texts' bounds, and a function that restores the padding.
 
-    The bounds (texts + 1,) are the index of each text's first token, then N.
+    The bounds (texts + 1,) are the index of each text's first token, then N. The function takes states (1, N, size).
     """
     shape = states.shape
     places = attention_mask.flatten().nonzero().squeeze(-1)
@@ -868,11 +872,11 @@ def _unpad(
 def _rows(
     states: torch.Tensor, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return packed texts as padded rows (texts, longest, H) and their mask; if `bounds` is None, both inputs."""
+    """Return packed texts as padded rows, and a mask of the rows; if `bounds` is None, return the inputs unchanged."""
     if bounds is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             shape = tuple(attention_mask.shape)
-            raise ValueError(f"Models with heads need an attention_mask of shape (B, T), not {shape}.")
+            raise ValueError(f"A model with heads needs an attention_mask of shape (rows, tokens), not {shape}.")
         return states, attention_mask
     lengths = bounds.diff()
     offsets = torch.arange(int(lengths.max()), device=bounds.device)
@@ -902,7 +906,7 @@ def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: st
 
 
 class ModularStarEncoderTokenWeights(nn.Embedding):
-    """Learned weights (V, 1) of the vocabulary entries for the mean of a text's tokens; initially 1, at least 0."""
+    """Learned weights (V, 1) of tokens in the mean of a text, initially 1; `forward` returns 0 for negative weights."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return ClampWithInwardGradient.apply(super().forward(input_ids), 0.0, math.inf)
@@ -921,7 +925,7 @@ class ModularStarEncoderExitEmbedding(nn.Embedding):
 
 
 class ModularStarEncoderExitConditionedPooler(nn.Module):
-    """Makes classifier features (B, H + exit_embedding_size): tanh(linear(one token's state)) and the exit's vector."""
+    """Returns a classifier's input (B, H + exit_embedding_size): tanh(linear(one token's state)), then exit vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -987,7 +991,7 @@ class ModularStarEncoderPreTrainingHeads(ModularStarEncoderMaskedLMHeads):
 
 
 class ModularStarEncoderVocabularyModel(ModularStarEncoderPreTrainedModel):
-    """Base class of the two models that predict tokens: a trunk and heads of the class `heads_class`."""
+    """Base class of the models for pre-training and masked language modelling: a trunk, and heads (`heads_class`)."""
 
     heads_class: type[ModularStarEncoderMaskedLMHeads]
 
@@ -1091,8 +1095,9 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
 class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
     """Model for masked language modelling at one exit, with the loss and logits that transformers' scripts expect.
 
-    From a pre-training checkpoint, it does not load the heads for in-context classification. It computes logits of all
-    tokens; to train all exits together in less memory, use `ModularStarEncoderForPreTraining`.
+    If this model is loaded from a pre-training checkpoint, the heads for in-context classification are left out. The
+    model computes the logits of all tokens; to train all exits together in less memory, use
+    `ModularStarEncoderForPreTraining`.
 
     Example:
         >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2])
@@ -1122,8 +1127,8 @@ class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: the batch, see `ModularStarEncoderModel.forward`.
             labels: (B, T), the original token at masked positions and -100 elsewhere. The loss is the mean
-                cross-entropy over masked tokens; with `num_items_in_batch`, it is the sum / `num_items_in_batch`.
-            exit_layer: the exit to predict at; by default the deepest.
+                cross-entropy over masked tokens; with `num_items_in_batch`, their sum is divided by this number.
+            exit_layer: the exit that predicts; by default the deepest.
         """
         exit_layer = self.config.check_exit(self.config.num_hidden_layers if exit_layer is None else exit_layer)
         outputs = self.model(
@@ -1158,9 +1163,9 @@ class ModularStarEncoderProjectionHead(nn.Module):
 
 
 class ClampWithInwardGradient(torch.autograd.Function):
-    """Clamp a parameter to bounds. Beyond a bound, only gradients that would push the parameter further out are zero.
+    """Clamp a parameter to bounds. Beyond a bound, a gradient that would push the parameter further out becomes zero.
 
-    The other gradients can move the parameter back. With `torch.clamp`, all gradients beyond a bound are zero.
+    Other gradients pass and can move the parameter back. With `torch.clamp`, all gradients beyond a bound become zero.
     """
 
     @staticmethod
@@ -1179,7 +1184,7 @@ class ClampWithInwardGradient(torch.autograd.Function):
 class ModularStarEncoderLogitScale(nn.Module):
     """A learned multiplier of similarities, stored as its logarithm; `forward` returns the multiplier, (1,) float32.
 
-    As a module, the multiplier works with DDP, FSDP2, checkpoints and peft (`modules_to_save=["logit_scale"]`).
+    The multiplier is a module, so it works with DDP, FSDP2, checkpoints and peft (`modules_to_save=["logit_scale"]`).
     """
 
     def __init__(self) -> None:
@@ -1268,14 +1273,15 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
 
         Raises:
             RuntimeError: the model is in training mode, and `config.output_hidden_states` was set after construction.
-                AdaptiveLayerLoss and Matryoshka2dLoss of sentence-transformers set it, but would not train the heads of
-                shallower exits.
+                AdaptiveLayerLoss and Matryoshka2dLoss of sentence-transformers set this option, but would not train the
+                heads of shallower exits.
         """
         if self.training and self.config.output_hidden_states and not self._returns_hidden_states:
             raise RuntimeError(
-                "config.output_hidden_states was set on a loaded model. AdaptiveLayerLoss and Matryoshka2dLoss set it, "
-                "but do not train shallower exits' heads: use modular_star_encoder.MultiExitContrastiveLoss. To get "
-                "hidden states, pass output_hidden_states=True to the call or to from_pretrained."
+                "config.output_hidden_states was set on a loaded model, as AdaptiveLayerLoss and Matryoshka2dLoss do. "
+                "These losses do not train the heads of shallower exits: use "
+                "modular_star_encoder.MultiExitContrastiveLoss. To get hidden states, pass output_hidden_states=True "
+                "to the call or to from_pretrained."
             )
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         outputs = self.model(

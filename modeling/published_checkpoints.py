@@ -1,8 +1,8 @@
 """Load the published repositories (huggingface.co/modularStarEncoder) unmodified, without their remote code.
 
-A published configuration does not say whether the checkpoint is fine-tuned, and may lack the number of layers.
-`read_published_layout` reads both from the tensor names in the header of the safetensors file. Repositories that this
-package writes have our tensor names, so they do not need this file.
+The configuration of a published model does not say whether the model is fine-tuned, and may lack the number of layers.
+`read_published_layout` infers both from the tensor names in the header of the safetensors file. Repositories that this
+package writes already have our tensor names, so they do not need this module.
 """
 
 import os
@@ -56,9 +56,9 @@ def read_published_layout(
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
     """Return the class that loads a checkpoint, and the keyword arguments for the `from_pretrained` of this class.
 
-    For a published checkpoint, the arguments have a complete `config` and a `key_mapping` of tensor names to ours. If
-    `model_class` is our base class, or is the trunk because `AutoModel` does not know the published class name, the
-    returned class is the one that has the file's tensors. ValueError if tensors do not match a published checkpoint.
+    For a published checkpoint, the arguments have a complete `config` and a `key_mapping` of its tensor names to ours.
+    If `model_class` is our base class, or is the trunk because `AutoModel` does not know the published class name, the
+    class is chosen by the tensors in the file. ValueError if the tensors are not those of a published checkpoint.
     """
     kwargs = dict(kwargs)
     if path is None:
@@ -86,7 +86,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return a published checkpoint's configuration, with fields popped from `kwargs`; None for another checkpoint."""
+    """Return a published checkpoint's configuration with the fields in `kwargs`, which are popped; None for others."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None
@@ -111,7 +111,7 @@ def describe(
     if depth not in parent_exits or len(heads) not in (0, 1, len(exits)):
         raise ValueError(
             f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published checkpoint "
-            f"has as many layers as one of {parent_exits}, and 0, 1 or {len(exits)} heads. Download it again."
+            f"has one of {parent_exits} as number of layers, and 0, 1 or {len(exits)} heads. Download the files again."
         )
     complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
     complete._attn_implementation = config._attn_implementation
@@ -136,8 +136,8 @@ def describe(
         if rows == [len(parent_exits) - 1]:
             complete.exit_embedding_rows = rows[0]
             logger.warning_once(
-                f"The exit embedding has {rows[0]} rows for {len(parent_exits)} exits, so at exit {parent_depth} the "
-                f"pre-training heads get zeros instead of a learned vector. The trunk is not affected."
+                f"The checkpoint has learned vectors of {rows[0]} of {len(parent_exits)} exits. At exit {parent_depth} "
+                f"the pre-training heads get a vector of zeros. The layers and their states are not affected."
             )
     complete.architectures = [checkpoint_class.__name__]
     renamings = dict(_RENAMINGS)
@@ -154,7 +154,7 @@ def check_layout(
     config: ModularStarEncoderConfig,
     renamings: Mapping[str, str],
 ) -> None:
-    """Raise ValueError if a tensor of a published file is missing, unexpected, duplicate or wrongly shaped."""
+    """Raise ValueError if a tensor of a published file is missing, unexpected, stored twice or has a wrong shape."""
     with torch.device("meta"):
         model = checkpoint_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

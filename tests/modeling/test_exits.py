@@ -133,7 +133,7 @@ STATES = {"input_ids": None, "inputs_embeds": torch.zeros(3, 12, 32)}
         (STATES | {"inputs_embeds": torch.ones(12, 32)}, r"\(B, T, H\), not \(12, 32\)"),
         ({"attention_mask": torch.ones(3, 11)}, r"attention_mask .* \(3, 12\), not \(3, 11\)"),
         ({"attention_mask": torch.ones(1, 12)}, r"attention_mask .* \(3, 12\), not \(1, 12\)"),
-        ({"attention_mask": torch.ones(3, 1, 12, 12)}, r"attention_mask of shape \(B, T\)"),
+        ({"attention_mask": torch.ones(3, 1, 12, 12)}, r"attention_mask of shape \(rows, tokens\)"),
         ({"input_ids": torch.full((3, 12), 10**6)}, "input_ids must be from 0 to"),
         ({"input_ids": torch.full((3, 12), -1)}, "input_ids must be from 0 to"),
     ],
