@@ -99,7 +99,7 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("evaluate CHECKPOINT --data FOLDER --json results.json", "functions that pass the filters, found 0"),
         ("finetune missing.yaml --out run", "small/finetune"),
         ("finetune mose-cod --out run", "did you mean mose-code?"),
-        ("pretrain mose-code --out run", "a recipe of `mose finetune`"),
+        ("pretrain mose-code --out run", "run it with `mose finetune`"),
         ("finetune mose-code --out run data.pairs=FOLDER", 'set "data.functions={folder: '),
         ("finetune mose-code --out run data.pair=p.csv", "data: unknown setting pair; did you mean pairs?"),
         (f"recipes show {'x' * 5000}", "xxx"),
