@@ -83,7 +83,7 @@ class RepositorySettings:
         odd += [file for file in sections if os.path.getsize(file) > _MAX_SECTION]
         key, fault = "", ""
         if self.slice_of and given:
-            key, fault = "slice", f"is a slice: remove {', '.join(given)}, taken from {self.slice_of} instead"
+            key, fault = "slice", f"is a slice: remove {', '.join(given)}, which a slice takes from {self.slice_of}"
         elif self.slice_of is None and self.checkpoint is None:
             key, fault = "checkpoint", "needs either `checkpoint` or `slice_of`"
         elif (self.slice_of is None) != (self.exit_layer is None):

@@ -122,7 +122,7 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """Return (header, rows) of a card's table of measurements; its columns are the exits, then BM25 and the like."""
+    """Return (header, rows) of a card's table of measurements; the columns are exits, then others such as BM25."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
     retrievers = list(dict.fromkeys(row.retriever for row in others))

@@ -189,9 +189,8 @@ class Run:
 
     `log` is the training log of a finished run, and None before. A run with a model or checkpoint can be continued only
     with the same settings (except `MAY_CHANGE`); before the first checkpoint, only the settings in `until_trained` must
-    be the same. `start.json` holds checksums of what the training starts from; a run with a checkpoint can be continued
-    only with the same checksums. With `lora`, one checksum is of the starting model, because checkpoints have only the
-    adapters.
+    be the same. `start.json` holds checksums: of a classifier's rows and, with `lora`, of the starting model, because
+    checkpoints have only the adapters. A run with a checkpoint can be continued only with the same checksums.
     """
 
     def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:

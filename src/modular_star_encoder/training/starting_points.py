@@ -73,7 +73,7 @@ class StartingPoint(Generic[Model]):
             model_class(copy.deepcopy(config)).set_attn_implementation(recipe.attn_implementation)
 
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
-        """Load the model, in float32, and its tokenizer; the recipe's seed gives equal new weights in every call.
+        """Load the model, in float32, and its tokenizer; every call draws the same new weights, by the recipe's seed.
 
         The tokenizer encodes a text as `<sep> text <cls>` (see `with_template`). For retrieval, a tokenizer for which
         `adds_no_tokens` is true, such as that of mose-code, is not changed, and adds no special tokens.

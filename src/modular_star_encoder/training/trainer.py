@@ -207,7 +207,7 @@ class MultiExitTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint; first give past dates to old checkpoints from the future: `Trainer` keeps the newest."""
+        """Save a checkpoint; first correct checkpoint dates that are in the future, as `Trainer` keeps the newest."""
         now, steps = time.time(), checkpoints(self._folder) if self.args.should_save else {}
         if any(folder.stat().st_mtime > now for folder in steps.values()):
             for age, number in enumerate(sorted(steps, reverse=True), start=1):
@@ -218,7 +218,7 @@ class MultiExitTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load optimizer and scheduler as `Trainer` does; warn of missing states; note where the average is stored."""
+        """Load optimizer and scheduler as `Trainer` does; warn of missing states; keep the path of the average."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -254,7 +254,7 @@ class MultiExitTrainer(Trainer):
         raise UserError("training.loss.not_finite", message)
 
     def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Return the norm of each loss's gradient on the trunk, and {layer: mean cosine between two gradients}."""
+        """Return the norm of each loss's gradient on the trunk, and {layer: mean cosine of two such gradients}."""
         trunk = _bare(self.accelerator.unwrap_model(self.model)).model
         names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
         found = []
