@@ -17,7 +17,7 @@ A forward pass runs the layers up to the deepest requested exit, and returns the
 exits share the heads for masked language modelling, in-context classification and sequence classification. These heads
 read a small learned vector of the exit together with its states. Retrieval has one projection head for each exit.
 
-Shapes: B batch, T tokens, H hidden size, E requested exits, D projection size, V vocabulary.
+Letters in shapes: B batch size, T tokens, H hidden size, E requested exits, D projection size, V vocabulary size.
 
 Hub repositories of these models contain this file and the configuration file, which need only torch and transformers.
 """
@@ -222,7 +222,7 @@ class DocumentGroup:
     Args:
         tokens: (G, L), the index of each token in the flat batch; at padding, the index of the text's first token.
         real: (G, L) bool, False at padding; `None` if the group has no padding.
-        mask: attention mask in the form of the attention backend.
+        mask: attention mask in the form that the attention implementation expects.
     """
 
     tokens: torch.Tensor
@@ -680,7 +680,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             input_ids: (B, T) token ids.
             attention_mask: (B, T), 1 for real tokens and 0 for padding on either side; or a 4D mask for the attention
                 implementation.
-            position_ids: (B, T), or (1, T) for all rows; by default, the real tokens of each row are counted from 0.
+            position_ids: (B, T), or (1, T) for all rows; by default, the real tokens of each row are numbered from 0.
                 Without `attention_mask`, a row may hold several texts (packing): wherever its positions start again, a
                 new text begins. Tokens of different texts do not attend to each other.
             inputs_embeds: token embeddings (B, T, H) in place of `input_ids`; with `start_layer`, the
@@ -925,7 +925,7 @@ class ModularStarEncoderExitEmbedding(nn.Embedding):
 
 
 class ModularStarEncoderExitConditionedPooler(nn.Module):
-    """Returns a classifier's input (B, H + exit_embedding_size): tanh(linear(one token's state)), then exit vector."""
+    """Makes a classifier's input (B, H + exit_embedding_size): tanh(linear(a token's state)) and the exit's vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -1127,7 +1127,7 @@ class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: the batch, see `ModularStarEncoderModel.forward`.
             labels: (B, T), the original token at masked positions and -100 elsewhere. The loss is the mean
-                cross-entropy over masked tokens; with `num_items_in_batch`, their sum is divided by this number.
+                cross-entropy over masked tokens; with `num_items_in_batch`, it is the sum, divided by this number.
             exit_layer: the exit that predicts; by default the deepest.
         """
         exit_layer = self.config.check_exit(self.config.num_hidden_layers if exit_layer is None else exit_layer)
@@ -1322,7 +1322,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
 
 
 class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedModel):
-    """Model that classifies a text, or a pair `<sep>a<sep>b<cls>`, at any exit from the state of the final `<cls>`.
+    """Model that classifies a text, or a pair `<sep>a<sep>b<cls>`, from the state of the final `<cls>` at any exit.
 
     Example:
         >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_labels=3)

@@ -126,7 +126,7 @@ def test_other_precisions_short_inputs_and_other_pooling_pass(tmp_path):
 def test_only_pretrained_and_retrieval_checkpoints_with_a_tokenizer_are_staged(tmp_path):
     (adapter := tmp_path / "adapter").mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({}))
-    for folder, fault in ((tmp_path / "missing", "no checkpoint folder"), (adapter, "only adapters")):
+    for folder, fault in ((tmp_path / "missing", "no checkpoint folder"), (adapter, "only an adapter")):
         with pytest.raises(FileNotFoundError, match=fault):
             stage(folder, tmp_path / "staged")
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")

@@ -32,7 +32,7 @@ def identifier_tokens(text: str) -> list[str]:
 
 
 class BM25(Retriever):
-    """Ranks documents by BM25. Only candidates count as documents in word statistics; a query's words count once."""
+    """Ranks documents by BM25; document frequencies are those among the candidates, and query words count once."""
 
     name = "BM25"
 
@@ -62,7 +62,7 @@ def bm25_scores(queries: list[list[str]], documents: list[list[str]]) -> RowScor
 
 
 class TfIdf(Retriever):
-    """Ranks documents by the cosine of TF-IDF vectors: TF is replaced by 1 + ln(TF), IDF is that of the candidates."""
+    """Ranks documents by the cosine of TF-IDF vectors; 1 + ln(TF) replaces TF, and IDF is that among the candidates."""
 
     name = "TF-IDF"
 
@@ -96,7 +96,7 @@ def identifier_overlap_accuracy(
     """Measure how well `identifier_overlap` tells whether the two texts of a row come from the same repository.
 
     Rows are those of `InContextPairs`. Returns `threshold`, the best threshold for the rows `fitted_on`;
-    `fitted_accuracy`, the accuracy with it on these rows; and `accuracy`, the accuracy with it on `measured_on`.
+    `fitted_accuracy`, the accuracy of this threshold on `fitted_on`; and `accuracy`, its accuracy on `measured_on`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)

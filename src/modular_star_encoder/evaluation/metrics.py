@@ -37,7 +37,7 @@ def check_scores(scores: np.ndarray) -> None:
 
 
 def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
-    """Rank the candidates in each pool by `scores(pool)`; return the ranks, and the row number of each ranked query."""
+    """Rank the candidates of each pool of queries by `scores(pool)`; return the ranks, and the queries' row numbers."""
     rankings, start = [], 0
     for pool in task.pools:
         judged = pool_judgements(task.judgements, pool)
@@ -80,7 +80,7 @@ def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = 
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """Return the judgements whose query and document are both in `pool`, each numbered by its position in the pool."""
+    """Return the (query, relevant document) pairs inside `pool`; both are numbered by their positions in the pool."""
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
@@ -125,8 +125,8 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     MRR is 1 / (rank of the first relevant document). Recall is the fraction of the relevant documents that are found.
     NDCG (Järvelin & Kekäläinen 2002) is the sum of 1 / log2(rank + 1) over the relevant documents, divided by this sum
     for the ideal ranking. Documents at ranks above K count as not found. MAP@R (Musgrave et al. 2020, as in CodeXGLUE
-    for POJ-104) is the mean of a value of the R relevant documents: 0 for ranks above R, else the document's place
-    among the relevant documents, divided by its rank.
+    for POJ-104) is the mean over the R relevant documents of this value: 0 if the document's rank is above R, else its
+    place among the relevant documents, divided by its rank.
     """
     name, at, cut = metric.partition("@")
     k = float(cut) if cut.isdecimal() else 0 if at else np.inf

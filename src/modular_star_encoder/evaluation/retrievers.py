@@ -38,7 +38,7 @@ class ExitVariant(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32: R queries, of which the first has number `row`, by C documents, from number `column`."""
+    """Scores (R, C) float32 of R queries, the first with number `row`, for C documents, the first with `column`."""
 
     row: int
     column: int
@@ -211,7 +211,7 @@ class EmbeddingCache:
         return vars(self) if self.folder is None else vars(self) | {"_spaces": {}}
 
     def missing(self, space: str, texts: Sequence[Prompted]) -> list[Prompted]:
-        """Return the (prompt, text) pairs without an embedding in `space`, which names a model and exit, in order."""
+        """Return, in order, the (prompt, text) pairs without an embedding in `space` (the name of a model and exit)."""
         places = self._space(space).places(texts)
         return [text for text, place in zip(texts, places, strict=True) if place < 0]
 
@@ -238,7 +238,7 @@ class EmbeddingCache:
         self._space(space).append(shard)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """Return the embeddings (N, size) in `space` of N (prompt, text) pairs; KeyError if one is not in the cache."""
+        """Return the embeddings (N, size) in `space` of N (prompt, text) pairs; KeyError if an embedding is missing."""
         found = self._space(space)
         places = found.places(texts)
         if len(missing := np.flatnonzero(places < 0)):

@@ -145,7 +145,7 @@ def _evaluate_pairs(
 
 
 def read_result(path: Path, task: Task, variant: ExitVariant) -> TaskResult:
-    """Read a stored result; UserError if it is damaged or not of this task and variant. Names in it may be outdated."""
+    """Read a stored result, in which names may be outdated; UserError if it is damaged or of another task or exit."""
     with suppress(TypeError, ValueError):
         result = TypeAdapter(TaskResult).validate_python(read_json(path))
         check_types(result)  # TypeAdapter accepts "nan"
@@ -156,7 +156,7 @@ def read_result(path: Path, task: Task, variant: ExitVariant) -> TaskResult:
 
 
 def _in_range(result: TaskResult, task: Task) -> bool:
-    """Return whether all numbers in a result are possible ones for the queries or pairs of its task."""
+    """Return whether all numbers in a result are possible for the queries or pairs of its task."""
     values, most = np.array(result.values), 1 + 1e-9  # a sum of NDCG may be rounded up
     if isinstance(task, PairTask):
         fits = result.threshold is not None and np.array_equal(values % 2, task.labels) and (values < 4).all()

@@ -51,7 +51,7 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgements:
-    """J pairs of a query and a document that is relevant to it. All other documents are irrelevant to the query."""
+    """J pairs of a query and a relevant document. Documents that are not paired with a query are irrelevant to it."""
 
     query: np.ndarray  # (J,) int64 row numbers, ascending
     document: np.ndarray  # (J,) int64 row numbers, unique within a query
@@ -156,7 +156,7 @@ def ranking_task(
     batches: Iterable[np.ndarray] | None = None,  # each has the row numbers (B,) of queries and of their candidates
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task to rank all documents, or only a query's batch; by default, document i is relevant to query i."""
+    """Build a task to rank all documents or those in a query's batch; by default, document i is relevant to query i."""
     rows = range(len(queries))
     ids, judgements = list(map(str, rows)) if ids is None else list(ids), judgements or Judgements.one_each(rows)
     pools = [Pool(np.arange(len(queries)), np.arange(len(documents)))]
@@ -183,7 +183,7 @@ def pairs_task(
     seed: int = 0,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task to find code by description, with `size` candidates, from (description, code, language) rows."""
+    """Build a task to find code by description from (description, code, language) rows, with `size` candidates each."""
     pairs = [(Text(description), Text(code, language)) for description, code, language in rows]
     batches = candidate_batches(len(pairs), size or POOL, seed)  # also checks the number of pairs
     queries, documents = map(list, zip(*pairs, strict=True))

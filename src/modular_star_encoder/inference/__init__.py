@@ -75,7 +75,7 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
         inner = Path(name, "model") if (folder / "model" / "config.json").is_file() else None  # of a training run
         advice = f"Give the folder {inner}." if inner else "Give a folder that has config.json and weights."
         if (folder / "adapter_config.json").is_file():
-            advice = "It has only an adapter: give the merged model, which `mose finetune` writes to the folder model/."
+            advice = "It is only an adapter: give the merged model, which `mose finetune` writes to the folder model/."
         raise FileNotFoundError(f"{name} is not a checkpoint: it has no config.json. {advice}")
     if not has_modules and not any((folder / file).is_file() for file in WEIGHT_FILES):
         raise FileNotFoundError(f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists.")
@@ -105,7 +105,7 @@ def _faults(folder: Path, of_modules: bool) -> Iterator[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a checkpoint without faults: one file, or an index file and the files it lists."""
+    """Return the files with a checked checkpoint's weights: one file, or an index file and the files that it lists."""
     whole, index = (folder / name for name in WEIGHT_FILES)
     if whole.is_file():
         return [whole]
@@ -157,5 +157,5 @@ def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]
     check_checkpoint(checkpoint)
     folder = local_folder(checkpoint)
     if folder is None:
-        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder: set the profile's file (--out).")
+        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder: give the profile a file (--out).")
     return folder / PROFILE_NAME

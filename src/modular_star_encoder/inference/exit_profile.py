@@ -140,7 +140,7 @@ class ExitProfile:
 
 
 def profile_lock() -> AbstractContextManager[None]:
-    """Context manager: while it is open, no other process of the user changes a profile. Read and write the file in it.
+    """Context manager that keeps other processes of the user from changing a profile while its file is read or written.
 
     The lock file is in the user's cache, because a lock file next to the profile would stay there. Without a cache,
     nothing is locked.

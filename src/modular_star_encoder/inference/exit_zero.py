@@ -284,7 +284,7 @@ def export_static(
             `StaticModel.from_pretrained(folder)`, which `SentenceTransformer` can load too.
 
     Returns:
-        The written folder: tokenizer.json, modules.json, and model.safetensors with V × D float32 numbers (V tokens).
+        The written folder: tokenizer.json, modules.json, and model.safetensors, a table (V, D) float32 for V tokens.
 
     Raises:
         UserError: the format is unknown (`static.format`).

@@ -101,7 +101,7 @@ def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
 
 
 def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
-    """Return each exit's mean over texts of 1 - cosine(own embedding, target exit's); 0 if it is its own target."""
+    """Return each exit's mean of 1 - cosine(embedding at the exit, at its target); 0 if the exit is its own target."""
     cosines = nn.functional.cosine_similarity(stack, stack.detach()[target], dim=-1)
     pupils = torch.tensor([float(own != place) for own, place in enumerate(target)], device=stack.device)
     return (1 - cosines).mean(dim=1) * pupils.to(stack.dtype)
@@ -112,7 +112,7 @@ def _pair_sums(
 ) -> dict[str, torch.Tensor]:
     """Return {name of a loss or hit count: its sum over this process's pairs, by exit}.
 
-    A loss is the mean of two: anchors that search for positives, and positives that search for anchors.
+    A loss is the mean of two losses: one with the anchors as queries, and one with the positives as queries.
     """
     anchor, positive, *negatives = pair
     candidates = torch.cat([gathered[side] for side in (positive, *negatives)], dim=1)

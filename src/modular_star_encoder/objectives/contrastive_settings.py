@@ -22,7 +22,7 @@ from modular_star_encoder.utils.settings import (
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must not name a side twice in a set, or begin two sets with the same two sides")
+        raise ValueError("must not have a name twice in a set, or two sets with the same first two names")
     return pairs
 
 

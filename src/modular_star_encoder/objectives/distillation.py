@@ -55,7 +55,8 @@ class DistillationObjective(ContrastiveObjective):
     masked (as in GISTEmbed, arXiv 2402.16829). A margin of 0 masks negatives that the teacher ranks above the positive.
 
     All exits learn the embedding space of the teacher, so queries embedded at one exit can be compared with documents
-    embedded at another exit or by the teacher. If training used centred vectors, centre the teacher's vectors first.
+    embedded at another exit or by the teacher. If training used centred vectors, centre the teacher's vectors before
+    you compare them.
 
     A batch has named lists of texts, its *sides*, such as `query`. Texts in a side that `contrastive.pairs` does not
     name have no pair: only the first term, the distance to the teacher's vector, applies to them. Several processes and

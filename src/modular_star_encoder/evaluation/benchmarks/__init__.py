@@ -1,4 +1,4 @@
-"""Find and load the benchmarks. To add one, write a function that loads it, and add an entry to `_BENCHMARKS`."""
+"""Find and load the benchmarks. To add a benchmark, write a function that loads it, and add it to `_BENCHMARKS`."""
 
 from __future__ import annotations
 

@@ -51,14 +51,14 @@ class _Candidate(FileRow):
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """Return the languages with files in `folder`, else FileNotFoundError; `{0}` in a pattern stands for a language."""
+    """Return the languages with files in `folder`; if none, FileNotFoundError. `{0}` in a pattern is the language."""
     names = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     files.require_files(folder, [pattern for of_language in names.values() for pattern in of_language])
     return [language for language, of_language in names.items() if files.find_files(folder, of_language)]
 
 
 def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> Sequence[Task]:
-    """Load a task for each language with a test file in `folder`; if `leaky`, only Python, its docstrings left in."""
+    """Load a task for each language with a test file in `folder`; if `leaky`, only Python, and keep its docstrings."""
     name, tasks = f"codesearchnet-999{'-leaky' * leaky}", []
     for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
         paths = files.find_files(folder, language_patterns("test", language))

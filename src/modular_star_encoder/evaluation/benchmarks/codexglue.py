@@ -196,7 +196,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
             queries, documents = ([exercises[slug][side] for slug in shared] for side in (source, target))
             name = f"{source} → {target}"
             tasks.append(ranking_task(benchmark, name, queries, documents, shared, column=f"→ {target}"))
-    return tasks or files.refuse(path, None, "two or more exercises that share a query's and an answer's language")
+    return tasks or files.refuse(path, None, "two or more exercises with a query and an answer in the same languages")
 
 
 def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:

@@ -41,7 +41,7 @@ def _report(path: Path, line: int | None, fault: str) -> NoReturn:
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the files, sorted by name, that match the first glob pattern for which there are any; [] if none."""
+    """Try glob patterns in turn; return the files of the first pattern that matches any, sorted by name, or []."""
     matches = (sorted(filter(Path.is_file, folder.glob(pattern))) for pattern in patterns)
     return next(filter(None, matches), [])
 
@@ -120,7 +120,7 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Raise UserError if a file has not the expected number of rows; with `allow_subset`, return a note if fewer."""
+    """Raise UserError unless a file has the expected number of rows; if `allow_subset`, return a note on fewer rows."""
     if found > expected or (found < expected and not allow_subset):
         hint = "; set `allow_subset` (--allow-subset) to accept fewer" if found < expected else ""
         refuse(path, None, f"{expected:,} {what}", f"{found:,}{hint}")
