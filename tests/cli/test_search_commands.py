@@ -24,7 +24,7 @@ def indexed(code, checkpoint, mose):
         file.truncate(100_000_000)
     status, out, err = mose("index", code, "--model", checkpoint, "--exit-layers", "1,4")
     assert (status, "5 pieces of 4 files at exit 1, 4; embedded 4 files (5 rows)" in out) == (0, True)
-    assert "mose: note: 1 file left out: 1 too large; --show-skipped lists them" in err
+    assert "mose: note: 1 file left out: 1 too large; --show-skipped lists the files" in err
     return code
 
 
@@ -234,7 +234,7 @@ def test_changes_are_reported_and_skipped_files_listed(indexed, checkpoint, mose
     assert (err.splitlines()[:-1], len(json.loads(out))) == (listed, 1)  # the last names the model
     shutil.rmtree(indexed / ".mose")
     _, _, err = mose("search", "push", "--folder", ".", "--model", checkpoint)
-    assert "mose: note: 2 files left out: 1 symbolic link, 1 too large; --show-skipped lists them" in err
+    assert "mose: note: 2 files left out: 1 symbolic link, 1 too large; --show-skipped lists the files" in err
     assert "left out" not in mose("search", "push", "--folder", ".", "--model", checkpoint)[2]
 
 

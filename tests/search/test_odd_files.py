@@ -163,7 +163,7 @@ def test_what_was_left_out_is_one_line_or_a_list(folder):
         (folder / name).write_bytes(CONTENTS[name][0])
     report, _ = indexed(folder)
     summary = "4 files left out: 2 empty, 1 generated, 1 vendored; 1 file read as Latin-1"
-    assert report.lines() == [f"mose: note: {summary}; --show-skipped lists them"]
+    assert report.lines() == [f"mose: note: {summary}; --show-skipped lists the files"]
     assert ("latin_1.py", "read as Latin-1") in report.notes()
     report.postponed_files = 2
     *listed, late = report.lines(show_skipped=True)

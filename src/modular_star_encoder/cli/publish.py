@@ -185,4 +185,4 @@ def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
 
 def _warn_without_license(manifest: Any) -> None:
     if manifest.license is None:
-        note("the card names no licence; --upload needs --license NAME, or `license:` in publish.yaml")
+        note("the card names no licence; --upload needs --license NAME, or `license:` in the manifest")

@@ -80,7 +80,7 @@ def add_search_commands(commands: Any) -> None:
     about = "search an index on a page in the browser, two exits side by side"
     add = add_command(commands, "demo", run_demo, about).add_argument
     _add_index(add)
-    add("--model", metavar="CHECKPOINT", help="new place of the index's checkpoint, if it has moved since the build")
+    add("--model", metavar="CHECKPOINT", help="new folder or repository of the index's checkpoint, if it has moved")
     add("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, only for this machine)")
     add("--port", metavar="N", type=at_least(0), help="port to serve on (default: the first free port from 7860 on)")
     source = "web address of the indexed folder, to link hits to: https://github.com/OWNER/NAME/blob/REVISION/src"
@@ -136,7 +136,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         print(
             f"{printable(index.store.location)}: {report.rows:,} pieces of {report.files:,} files at exit {exits}; "
             f"embedded {report.embedded_files:,} files ({report.embedded_rows:,} rows), removed "
-            f"{report.removed_files:,}, in {report.seconds:.1f} s"
+            f"{report.removed_files:,} files, in {report.seconds:.1f} s"
         )
         for line in report.lines(arguments.show_skipped):
             print(line, file=sys.stdout if arguments.show_skipped else sys.stderr)

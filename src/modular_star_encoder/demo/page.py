@@ -159,7 +159,7 @@ class SearchPage:
     ) -> list[str]:
         """Search at the exit of each slider position (see `costs_at`); return one HTML text of hits per position.
 
-        If the question is empty or an error occurs, the first text says what to do. `rerank` is a deeper exit or 0.
+        If the question is empty or an error occurs, the first text says what to do. `rerank`: a deeper exit, or 0.
         """
         rest = [""] * (len(positions) - 1)
         if not question or not question.strip():

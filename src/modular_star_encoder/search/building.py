@@ -77,7 +77,7 @@ class UpdateReport:
             reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in counts)
             parts = [f"{_files(self.skipped.total())} left out: {', '.join(reasons)}"] if counts else []
             parts += [f"{_files(len(self.guessed_files))} read as Latin-1"] if self.guessed_files else []
-            lines = [f"mose: note: {'; '.join(parts)}; --show-skipped lists them"] if parts else []
+            lines = [f"mose: note: {'; '.join(parts)}; --show-skipped lists the files"] if parts else []
         if self.postponed_files:
             late = f"{_files(self.postponed_files)} not read yet (they share the fewest words with the question)"
             lines.append(f"mose: note: {late}; later searches read more, and `mose index` reads all files")

@@ -455,7 +455,7 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
             own = os.path.realpath(parent)
             of = _indexed_folder(location) or own
             if os.path.commonpath([of, own]) != own:
-                message = f"The index {location} is of the folder {of}, which is not inside {own}"
+                message = f"The index {location} belongs to the folder {of}, which is not inside {own}"
                 raise UserError("search.index.outside", f"{message}. If you trust this index, add --index {location}.")
             return location
     return None
@@ -478,7 +478,7 @@ def open_for_search(
     """Return an index, updated if `refresh`, and the exit at which to search it (None: default of `CodeIndex.search`).
 
     The index is at `location`, else in `folder`, else in the working folder or a parent. If there is no index, or its
-    checkpoint is not `checkpoint`, an index in the user's cache is opened or built; `languages` are the ones to read.
+    checkpoint is not `checkpoint`, an index in the user's cache is opened or built; it has only code in `languages`.
     `budget` has limits, such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`). For `seconds` and
     `questions` see `CodeIndex.refresh`; without either of them, an index is built without a time limit.
     """

@@ -77,7 +77,7 @@ class _Divider:
         self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
-        """Divide lines `start` to `end`, which hold `definitions`, into pieces; `outer` names the class around."""
+        """Divide lines `start` to `end`, which hold `definitions`, into pieces; `outer` names the class around them."""
         at, place = start, 0
         while place < len(definitions):
             one = definitions[place]

@@ -59,13 +59,13 @@ class Ranker:
     cascade: Cascade | None = None
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Return, for each question, {exit: embedding (D,) float32} with `self.exit_layer` and the cascade's exit."""
+        """Return, for each question, {exit: embedding (D,) float32} for `self.exit_layer` and the cascade's exit."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self.embedder.questions(questions, exits, self.settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the `limit` rows that fit `where` and are most similar to a question, {exit: embedding (D,)}."""
+        """Return the `limit` rows that fit `where` and most resemble a question; `vectors`: {exit: embedding (D,)}."""
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
         margin = _lead(found)
@@ -281,7 +281,10 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return factors for scores in F files: below 1 for re-exports, type declarations and, unless asked for, tests."""
+    """Return factors for the scores in F files: below 1 for tests, examples, docs, re-exports and type declarations.
+
+    For tests, examples and docs, the factor is 1 if the question mentions tests or examples.
+    """
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)

@@ -85,11 +85,11 @@ class VectorStore(Protocol):
         return nullcontext()
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Return a context manager in which reads see the rows of its start; by default, reads see newer rows too."""
+        """Return a context manager in which reads see the rows stored when it began; by default, no effect."""
         return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:
-        """Return the settings that `create` stored; None if there is no index; UserError if damaged."""
+        """Return the settings that `create` stored; None without an index; UserError if the settings are damaged."""
 
     def create(self, settings: Mapping[str, Any]) -> None:
         """Create an empty index, in place of an older one; UserError if `location` has data of another program."""
@@ -217,7 +217,7 @@ class IndexSettings:
                 differences.append(f"{word} {_shown(tuple(names))}")
         if differences:
             message = f"The index {location} was built {'; '.join(differences)}."
-            raise UserError("search.index.other_settings", f"{message} Use another index, or replace it by --rebuild.")
+            raise UserError("search.index.other_settings", f"{message} Name another index, or add --rebuild.")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
         """Raise UserError if `checksum` differs from the index's checksum; the message names both checkpoints."""

@@ -379,7 +379,7 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
     """
     address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not is_web_address(address):
-        raise OSError("HF_ENDPOINT in the environment must be an address such as https://huggingface.co: correct it.")
+        raise OSError("The variable HF_ENDPOINT is not an address such as https://huggingface.co: correct or unset it.")
     url, reason = urlsplit(address), ""
 
     def ask() -> None:
