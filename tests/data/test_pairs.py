@@ -185,8 +185,8 @@ BAD = {
     "empty func2": row(func2="  \n"),
     "empty func1_CSN": row(func1_CSN=None),
     "empty func_documentation_string": row(func_documentation_string=""),
-    "unknown language2": row(language2="cobol"),
-    "unknown language1_CSN": row(language1_CSN=None),
+    "unknown language in language2": row(language2="cobol"),
+    "unknown language in language1_CSN": row(language1_CSN=None),
 }
 # Parquet can't hold these: a column of several kinds, halves of characters, lines that are no rows.
 BAD_IN_JSON = {
@@ -209,8 +209,8 @@ def test_bad_rows_are_skipped_with_count_and_example_or_refused(tmp_path, name):
         first, second = reader
         assert (first, second.repository) == (TRIPLET, "")
         assert reader.skipped == dict.fromkeys(bad, 1) | {"empty func2": 2}
-        assert f"{name}, " in reader.examples["unknown language2"][0]
-        assert reader.examples["unknown language2"][0].partition(": ")[0].endswith(" 5")
+        assert f"{name}, " in reader.examples["unknown language in language2"][0]
+        assert reader.examples["unknown language in language2"][0].partition(": ")[0].endswith(" 5")
     write_text(tmp_path / "report.json", str(reader.examples))  # UTF-8, whatever the rows hold
     with raises("data.row", 2):
         list(open_triplets(file, strict=True))
@@ -301,7 +301,7 @@ def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path)
     ]
     found = read({"parallel": str(write(tmp_path / "exercises.jsonl", rows))})["parallel"]
     assert found.texts == [RetrievalExample("", (Snippet("python", PYTHON), Snippet("go", GO)), "add")]
-    once = ["unsupported language rust", "prose in place of code", "no slug, or no mapping code"]
+    once = ["unsupported language rust", "prose in place of code", "no text in slug, or no mapping in code"]
     assert found.skipped == dict.fromkeys([*once, SURROGATES, "not JSON"], 1) | {"fewer than two solutions": 2}
     assert found.examples["fewer than two solutions"][0].endswith('line 2: "lonely"')
     assert found.examples["not JSON"][0].endswith("line 6: {")

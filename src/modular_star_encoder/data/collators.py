@@ -24,8 +24,8 @@ def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
             kinds = [f"{name} ({getattr(value, 'dtype', type(value).__name__)})" for name, value in row.items()]
             found = ", ".join(kinds) or "nothing"
             message = f"Each row must have tensors of integers named {' and '.join(wrong)}. This row has {found}."
-            advice = "Rename columns, or use InContextPairs, RetrievalTexts, RetrievalBatches or ClassificationRows."
-            raise UserError("data.collator.columns", f"{message} {advice}")
+            advice = "Rename columns, or use the datasets InContextPairs, RetrievalTexts, RetrievalBatches or"
+            raise UserError("data.collator.columns", f"{message} {advice} ClassificationRows.")
 
 
 class _Padding:

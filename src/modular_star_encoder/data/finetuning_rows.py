@@ -113,7 +113,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return (mean tokens of a description, of a snippet), with the longest prompt and cut to the token limit."""
+        """Return (mean length of descriptions, of snippets) in tokens, with the longest prompt and cut to the limit."""
         frames = (self._text_frame, max(self._code_frames.values(), key=lambda frame: len(frame[0])))
         means = []
         for rows, limit, (before, after) in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -169,7 +169,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> _Frame:
-    """Return (token ids before, token ids after) a text with `prompt`; UserError if `max_tokens` leaves it no room."""
+    """Return (token ids before, token ids after) a text with `prompt`; UserError if `max_tokens` is too small."""
     ids = tokenizer(prompt)["input_ids"]
     is_closed = ids[-1:] == [tokenizer.cls_token_id]
     if not is_closed and not adds_no_tokens(tokenizer):
@@ -189,7 +189,8 @@ def _framed(content: np.ndarray, frame: _Frame, max_tokens: int) -> torch.Tensor
 class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     """A dataset of labelled pairs of snippets, for clone detection.
 
-    An item has `input_ids`, int64 (T,) for T tokens: `<sep> first <sep> second <cls>`; and `labels`, an int64 scalar.
+    An item has `input_ids`, int64 (T,) for T tokens: `<sep> first <sep> second <cls>`; and `labels`, an int64 scalar:
+    1 if both snippets do the same, otherwise 0.
     """
 
     def __init__(
@@ -198,7 +199,8 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
         """Tokenize each snippet of `pairs` once; a pair has at most `max_tokens` tokens, three of them special."""
         check_special_tokens(tokenizer, "sep", "cls")
         if max_tokens < 5:  # three special tokens, and one for each snippet
-            raise UserError("data.pairs.max_tokens", f"max_tokens must be 5 or more (3 are special), not {max_tokens}.")
+            message = f"max_tokens must be at least 5 (3 of them are special tokens), not {max_tokens}."
+            raise UserError("data.pairs.max_tokens", message)
         self.pairs = pairs
         self._sep, self._cls, self._room = tokenizer.sep_token_id, tokenizer.cls_token_id, max_tokens - 3
         self._codes = encode_content(tokenizer, pairs.codes, progress=progress, description="Code")

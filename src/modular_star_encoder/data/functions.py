@@ -87,7 +87,7 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """Return the functions of a file (see `find_functions`), or [] if parsing fails; errors are added to `counts`."""
+    """Return the functions of a file (see `find_functions`), or [] if parsing fails; errors are counted in `counts`."""
     language = language_of_text(file.language, file.path, file.text)
     counts = Counter() if counts is None else counts
     try:
@@ -119,7 +119,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield functions in `files` that CodeSearchNet's rules keep, also repeated ones; add numbers to `counts`."""
+    """Yield functions that CodeSearchNet's rules keep, also repeated ones; `counts` counts files and functions."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -153,7 +153,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader with one `SourceFile`, at `PATH#L{line}`, for each function in `files` that is not in another."""
+    """Return a reader with one `SourceFile`, at `PATH#L{line}`, for each function in `files` that is not nested."""
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         extract = partial(crash_safe_map, _outer_functions, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)

@@ -4,13 +4,13 @@ The task is that of the MoSE paper (arXiv 2503.03008).
 
 Two snippets of one repository have the same language more often than snippets of two repositories, and their lengths
 are more similar. So a model could guess the label from languages and lengths. The steps below make languages, lengths
-and each single snippet *independent of the label*. The *room* is the most tokens of both snippets together.
+and each single snippet *independent of the label*. The *room* is the limit of tokens for both snippets together.
 
-1. **A cell** holds the languages (l₁, l₂) of two texts and their lengths in tokens (t₁, t₂), at most the room. For a
-   cell, draw a repository C with a weight, the square root of its number of texts (a compromise between seeing every
-   text and every repository equally often), then two different texts of C, in random order. So two languages occur
-   together in cells as often as they do in repositories.
-2. **Two repositories** A ≠ B are drawn, with the weights of step 1. Each must have two different texts for this cell:
+1. **A cell** is the languages (l₁, l₂) of two texts and their lengths in tokens (t₁, t₂), each at most the room. To get
+   a cell, draw a repository C with a probability in proportion to the square root of its number of texts, a compromise
+   between seeing every text and every repository equally often; then draw two different texts of C, in random order.
+   So two languages occur together in cells as often as they do in repositories.
+2. **Two repositories** A ≠ B are drawn, with the same weights as C. Each must have two different texts for this cell:
    one in language l₁ with t₁ tokens or more, one in language l₂ with t₂ tokens or more. If no such repositories are
    found, texts of any length in these languages are enough. If that fails too, another cell is drawn.
 3. **Two different texts of each repository** are drawn: (a₁, a₂) of A and (b₁, b₂) of B. For i = 1 and 2, aᵢ and bᵢ are
@@ -68,7 +68,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or from another tokenizer."""
         check_special_tokens(tokenizer)
         if max_tokens < MIN_ROW_TOKENS:
-            message = f"max_tokens must be at least {MIN_ROW_TOKENS} (3 are special tokens), not {max_tokens}."
+            message = f"max_tokens must be at least {MIN_ROW_TOKENS} (3 of them are special), not {max_tokens}."
             raise UserError("data.in_context.arguments", message)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
             message = "`corpus` was tokenized by another tokenizer: pass that tokenizer."
@@ -152,9 +152,9 @@ _Cell = tuple[tuple[int, int], tuple[int, int]]  # (language, length in tokens) 
 class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
-    Not used are texts of fewer than 16 tokens, the only text of a repository, and texts in a language of only one
-    repository; `dropped_texts` is their number. `repositories` has the indices of the used repositories in
-    `corpus.repository_names`.
+    The sampler does not use texts of fewer than 16 tokens, the only text of a repository, and texts in a language of
+    only one repository; `dropped_texts` is the number of these texts. `repositories` has the indices of the used
+    repositories in `corpus.repository_names`.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
@@ -199,7 +199,7 @@ class PairSampler:
             self._proposals[one] = _Proposals(groups, -self._longest[groups], cumulative)
 
     def draw(self, rng: np.random.Generator) -> WindowPair:
-        """Return a random pair; RuntimeError if 10,000 cells fit no two repositories (see this module's docstring)."""
+        """Return a random pair; RuntimeError if no two repositories fit any of 10,000 cells (see this module)."""
         for _ in range(_MAX_CELLS):
             cell = self._draw_cell(rng)
             any_length = (cell[0][0], 0), (cell[1][0], 0)

@@ -164,7 +164,7 @@ def _triplet(
         (columns.negative, columns.negative_language or columns.language),
     ]
     if unknown := [name for code, name in codes if code and language_named(row[name]) not in LANGUAGES]:
-        return f"unknown {unknown[0]}"
+        return f"unknown language in {unknown[0]}"
     first, other, negative = (
         Snippet(language_named(row[name]) or "", row[code]) if code else None for code, name in codes
     )
@@ -276,8 +276,9 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
             message = f"{source} has no column {', '.join(missing)}; its columns are {', '.join(there)}."
             raise UserError("data.source.column", message)
         if unknown := " and the ".join(role for role in ("query", "positive") if columns[role] is None):
-            message = f"because no column of {source} has a usual name for the {unknown}: {', '.join(there)}."
-            raise UserError("data.pairs.columns", f"Set data.columns={{query: NAME, positive: NAME}}, {message}")
+            message = f"Set data.columns={{query: NAME, positive: NAME}}, because no column of {source} has a usual"
+            message += f" name for the {unknown}. Its columns are {', '.join(there)}."
+            raise UserError("data.pairs.columns", message)
     return {"pairs": options | {"columns": columns}}
 
 
@@ -368,7 +369,7 @@ def _parallel(
     def exercise(row: dict[str, Any]) -> Iterator[_Found]:
         slug, solutions = row.get(name), row.get(code)
         if not isinstance(solutions, Mapping) or not isinstance(slug, str):
-            yield f"no {name}, or no mapping {code}"
+            yield f"no text in {name}, or no mapping in {code}"
             return
         snippets: list[Snippet] = []
         for language, solution in solutions.items():
@@ -430,9 +431,10 @@ class LabelledPairs:
 def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
     """Read the labelled pairs in a recipe's `data`; return {split: pairs} for `train`, `valid` and, if given, `test`.
 
-    `settings` is this `data`: one file for each split, with the columns `first` and `second` (snippets) and `label`
-    (0 or 1). Or `settings` has the key `bigclonebench`, a folder with CodeXGLUE's files: `data.jsonl` has a function
-    per line (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` have two `idx` and a label per line.
+    `settings` is this `data`: one file for each split, with the columns `first` and `second` (snippets) and `label` (1
+    if both do the same, otherwise 0). Or `settings` has the key `bigclonebench`, a folder with CodeXGLUE's files:
+    `data.jsonl` has a function per line (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` have two `idx` and
+    a label per line.
     """
     names, paths = set(settings), all(isinstance(path, str | os.PathLike) and path for path in settings.values())
     if not paths or (names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS)):

@@ -40,7 +40,7 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 
 
 def check_enough(names: Collection[str]) -> None:
-    """Raise UserError if `names` has fewer than two repositories, which training and held-out rows need."""
+    """Raise UserError if `names` has fewer than two repositories: training and held-out rows need one each."""
     if len(names) < 2:
         message = f"Training and held-out data need at least two repositories, not {len(names)}."
         advice = "A row without a repository counts as a repository."

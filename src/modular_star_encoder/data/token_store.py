@@ -9,7 +9,7 @@ A store has one row for each source file. It is a folder of little-endian arrays
     repositories.jsonl    the name of one repository per line, as a JSON string
     state.json            sizes of the valid parts of these files, hashes of the tokenizer and of the source files
 
-The other files only grow. `state.json` is replaced atomically, after the data that it counts has reached the disk.
+The first five files only grow. `state.json` is replaced atomically, after the data that it counts has reached the disk.
 """
 
 import hashlib

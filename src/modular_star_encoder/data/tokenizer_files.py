@@ -44,7 +44,7 @@ _BEGINNING = re.compile(r"\\[rntfv]")  # escapes of single characters that no fl
 
 
 def check_tokenizer(path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder or Hub repository has a tokenizer.json; UserError if one of its files is unsafe."""
+    """Return whether a folder or Hub repository has a tokenizer.json; UserError if a tokenizer file is unsafe."""
     folder, found = os.fspath(path), []
     if os.path.exists(folder) and not os.path.isdir(folder):  # the Hub's library would take it for a repository
         return False
@@ -146,7 +146,10 @@ def _state_fault(state: dict[str, Any]) -> str:
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return the fault of a tokenizer's step, the JSON objects `parts`, or ""; `is_text`: the step changes texts."""
+    """Return what is wrong with a step of a tokenizer, such as its normalizer; "" if nothing is wrong.
+
+    `parts` are the JSON objects that describe the step; `is_text` says whether the step changes texts.
+    """
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
         return f"has more than {_MAX_PARTS:,} parts"
@@ -188,7 +191,7 @@ def _growth(part: dict[str, Any]) -> float:
 
 
 def _is_sound(units: np.ndarray, texts: bytes) -> bool:
-    """Return whether a darts-clone trie refers only to places in `units` and `texts`; otherwise `tokenizers` panics."""
+    """Return whether a darts-clone trie, `units`, and its references to `texts` are valid; else `tokenizers` panics."""
     texts.decode()
     nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
     children = nodes ^ (units[nodes] >> 10 << (units[nodes] >> 6 & 8))

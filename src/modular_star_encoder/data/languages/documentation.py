@@ -61,7 +61,7 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of a function's comments, without markup; "" if they are no prose or a licence."""
+    """Return the first paragraph of a function's comments, without markup; "" if they hold no prose or a licence."""
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
         return ""

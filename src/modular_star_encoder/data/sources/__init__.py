@@ -104,7 +104,8 @@ def is_generated(text: str) -> bool:
 def is_marked_generated(text: str) -> bool:
     """Return whether the beginning of `text` says that the text is generated and should not be edited.
 
-    Lines 1–10 hold `@generated` or `generated … do not edit`, or one of lines 1–40 is `generated … do not edit`.
+    It does if lines 1–10 hold `@generated` or `generated … do not edit`, or if `generated … do not edit` is one of
+    lines 1–40.
     """
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):

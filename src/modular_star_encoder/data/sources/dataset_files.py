@@ -50,7 +50,7 @@ _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowColumns:
-    """The column names of a data set with one source file per row. Without `language`, suffixes of paths decide."""
+    """The column names of a data set with one source file per row. `language` may be None if paths have suffixes."""
 
     repository: str
     path: str

@@ -21,7 +21,7 @@ _LONGEST_PATH = 4096
 
 
 class IgnoreFiles:
-    """Decides which paths below a folder to ignore, by git's rules and by `.moseignore` files of the same form.
+    """Decides which paths below a folder to ignore, by git's rules and by `.moseignore` files in git's syntax.
 
     The ignore files above `root` apply too, up to the top of the repository. A file that git tracks is ignored only if
     a `.moseignore` says so. Call `ignores` for a folder before you call it for the content of the folder.
