@@ -73,7 +73,7 @@ def name_list(text: str) -> list[str]:
 def checkpoint(text: str) -> str:
     """Argparse type: return a checkpoint's name unchanged; OSError if no folder or Hub repository has this name.
 
-    If the Hub can't be reached, but the Hub's cache has the repository, this process goes offline: HF_HUB_OFFLINE=1.
+    If the Hub can't be reached, but the Hub's cache has the repository, this process works offline (`HF_HUB_OFFLINE`).
     """
     check_checkpoint(text)
     if is_repository(text):

@@ -61,7 +61,7 @@ def add_evaluate_commands(commands: Any) -> None:
     add("--exit-layers", metavar="LIST", type=exit_list, help=exits)
     add("--json", metavar="FILE", help="also write the results to FILE")
     add("--out", metavar="FOLDER", help="folder for reports and plots; an interrupted run is continued")
-    baselines = "also measure others, separated by commas: bm25, tfidf, names of models, openai:MODEL@URL"
+    baselines = "also measure other retrievers, separated by commas: bm25, tfidf, models, openai:MODEL@URL"
     add("--baselines", metavar="NAMES", type=name_list, help=baselines)
     add("--allow-subset", action="store_true", help="accept benchmark files that lack rows; the report then says so")
     add("--cache", metavar="FOLDER", help="folder to cache embeddings in (default: OUT/embeddings)")
