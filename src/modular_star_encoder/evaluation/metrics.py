@@ -196,7 +196,7 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 
 
 
 def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value of a paired permutation test whether `differences` (Q,) have mean 0.
+    """Return the two-sided p-value of a paired permutation test of whether `differences` (Q,) have mean 0.
 
     A resample gives the differences random signs. The observed differences count as one more resample, so p is never 0
     (Phipson & Smyth 2010).

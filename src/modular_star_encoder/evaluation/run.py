@@ -81,7 +81,7 @@ def run_benchmarks(
 def evaluate_tasks(
     tasks: Sequence[Task], retrievers: Sequence[Retriever], *, out: str | Path | None = None, progress: bool = True
 ) -> list[TaskResult]:
-    """Return one result per retriever, task and variant (exit and embedding size); reuse results in `out/cells/`."""
+    """Return a result per retriever, task and variant (exit and size), in this order; reuse results in `out/cells/`."""
     checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
         runs = [
