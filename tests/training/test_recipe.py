@@ -158,13 +158,16 @@ def test_a_checkpoint_needs_the_average_if_one_is_trained_and_no_states_if_only_
 
 @pytest.mark.parametrize(
     ("changes", "warned"),
-    [({}, True), ({"warmup_steps": 7}, False), ({"lr_scheduler_type": "constant"}, False), ({"max_steps": -1}, False)],
+    [
+        *(({}, True), ({"warmup_steps": 7}, False), ({"lr_scheduler_type": "constant"}, False)),
+        *(({"max_steps": -1}, False), ({"warmup_steps": 0.9}, True), ({"warmup_steps": 0.8}, False)),
+    ],
 )
 def test_a_warm_up_that_does_not_end_before_training_is_warned_about(monkeypatch, changes, warned):
     lines = []
     monkeypatch.setattr("modular_star_encoder.training.arguments.logger.warning_once", lines.append)
     MultiExitTrainingArguments("never written", use_cpu=True, **({"max_steps": 8, "warmup_steps": 8} | changes))
-    assert ["warmup_steps=8 is not below max_steps=8" in line for line in lines] == [True] * warned
+    assert ["A warm-up of 8 steps is not shorter than max_steps=8" in line for line in lines] == [True] * warned
 
 
 def test_damaged_checkpoints_are_kept_under_another_name_and_unfinished_ones_removed(tmp_path, capsys):

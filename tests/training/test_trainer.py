@@ -87,6 +87,15 @@ def test_detached_exits_train_their_heads_and_leave_the_trunk_to_the_deepest(tmp
     assert not torch.allclose(detached["projection_heads.1.dense.weight"], start["projection_heads.1.dense.weight"])
 
 
+def test_exits_are_detached_only_while_their_trainer_trains(tmp_path):
+    trainer = make_trainer(tmp_path, detach_shallow_exits=True)
+    trainer.train()
+    trainer.model.zero_grad()
+    (loss,) = ContrastiveObjective()(trainer.model, collate(range(4)), (1,)).losses
+    loss.backward()
+    assert trainer.model.model.layers[0].mlp.c_fc.weight.grad.any()
+
+
 def test_geometric_weights_train_the_logarithm_of_each_loss(tmp_path):
     trainer = make_trainer(tmp_path, with_dropout(0.0), max_steps=1, logging_steps=1, exit_weights="geometric")
     batch = next(iter(trainer.get_train_dataloader()))
@@ -134,8 +143,12 @@ def test_weight_decay_is_not_applied_to_biases_norms_and_the_learned_scale(tmp_p
     assert len(decayed) > 6
 
 
-def test_a_schedule_of_steps_replaces_trainers_own(tmp_path):
-    schedule = {"warmup_steps": 2, "milestones": [3], "fractions": [0.5]}
+@pytest.mark.parametrize(
+    "length",
+    [{"warmup_steps": 2}, {"warmup_steps": 0.5}, {"warmup_steps": 0.5, "max_steps": -1, "num_train_epochs": 0.4}],
+)
+def test_a_schedule_of_steps_replaces_trainers_own_also_after_a_warm_up_by_share(tmp_path, length):
+    schedule = {"milestones": [3], "fractions": [0.5], **length}
     trainer = make_trainer(tmp_path, logging_steps=1, learning_rate=1e-3, **schedule)
     trainer.train()
     rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
@@ -215,7 +228,7 @@ def test_a_run_that_saves_only_models_continues_their_average_and_warns_that_it_
     monkeypatch.setattr("modular_star_encoder.training.trainer.logger.warning_once", lines.append)
     log = train_to_the_end(saving_every_second_step(tmp_path, **options), tmp_path, progress=False)
     assert (log["resumed_from"], log["steps"]) == (2, 4)
-    assert ["has no optimizer*, scheduler.pt, rng_state.pth (save_only_model" in line for line in lines] == [True]
+    assert ["has no optimizer*, scheduler.pt, rng_state.pth (because of" in line for line in lines] == [True]
 
 
 def test_a_run_that_ended_after_its_last_step_is_not_trained_further(tmp_path):

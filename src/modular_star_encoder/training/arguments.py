@@ -80,7 +80,7 @@ class MultiExitTrainingArguments(TrainingArguments):
             steps = self.milestones = TypeAdapter(list[Int]).validate_python(self.milestones)
             self.fractions = TypeAdapter(list[NonNegative]).validate_python(self.fractions)
             fits = len(steps) == len(self.fractions) and steps == sorted(set(steps))
-            fits = fits and (not steps or steps[0] >= self.warmup_steps)
+            fits = fits and (not steps or steps[0] >= self.get_warmup_steps(self.max_steps))
         except (ValidationError, TypeError):  # TypeError: `warmup_steps` is not a number
             fits = False
         if not fits:
@@ -99,22 +99,22 @@ class MultiExitTrainingArguments(TrainingArguments):
             self.greater_is_better = not re.search(r"loss(_exit_\d+)?$", self.metric_for_best_model)
         super().__post_init__()
         rises = self.milestones or self.lr_scheduler_type not in _WITHOUT_WARM_UP
-        if rises and 0 < self.max_steps <= self.warmup_steps:
-            message = f"warmup_steps={self.warmup_steps:g} is not below max_steps={self.max_steps}: the learning rate "
+        if rises and 0 < self.max_steps <= (warmup := self.get_warmup_steps(self.max_steps)):
+            message = f"A warm-up of {warmup} steps is not shorter than max_steps={self.max_steps}: the learning rate "
             logger.warning_once(f"{message}never reaches learning_rate. Lower warmup_steps.")
 
-    def rate_fraction(self, step: int) -> float:
+    def rate_fraction(self, step: int, max_steps: int | None = None) -> float:
         """Return the learning rate at an optimiser step (counted from 0) as a fraction of the peak, `learning_rate`.
 
         The fraction rises to 1 over `warmup_steps` and stays 1 until `milestones[0]`. From step `milestones[i]` on,
-        the fraction is `fractions[i]`.
+        the fraction is `fractions[i]`. A `warmup_steps` below 1 is a share of `max_steps`, by default the argument.
 
         In pre-training, the paper (arXiv 2503.03008) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and
         0.001 at steps 120k, 185k, 220k, 230k and 240k of 245k. The paper does not say whether the factors multiply.
         Here each factor is a fraction of the peak, because the product of all five factors is only 1e-8.
         """
-        if step < self.warmup_steps:
-            return step / self.warmup_steps
+        if step < (warmup := self.get_warmup_steps(max_steps or self.max_steps)):
+            return step / warmup
         passed = sum(step >= milestone for milestone in self.milestones)
         return self.fractions[passed - 1] if passed else 1.0
 

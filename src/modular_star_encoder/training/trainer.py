@@ -7,6 +7,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +19,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
@@ -108,6 +110,7 @@ class MultiExitTrainer(Trainer):
         self.log_gradient_norms = _option(args, "log_gradient_norms")
         self.objective: Objective = objective
         self._asked_exits, self._shared_heads = exit_layers, SharedHeads()
+        self._detached: list[nn.Module] = []  # heads whose inputs are detached in training
         if model is not None:
             self._set_up(model, args)
         self._gathered: dict[str, list[torch.Tensor]] = {}
@@ -134,8 +137,7 @@ class MultiExitTrainer(Trainer):
             own = [heads[str(exit_layer)] for exit_layer in self.exit_layers]
             if _option(args, "share_heads"):
                 self._shared_heads.share(own)
-            for head in own[:-1] if _option(args, "detach_shallow_exits") else ():
-                head.register_forward_pre_hook(lambda _, inputs: tuple(states.detach() for states in inputs))
+            self._detached = own[:-1] if _option(args, "detach_shallow_exits") else []
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new model from `model_init`, as `Trainer` does; check the model and prepare its heads."""
@@ -179,7 +181,7 @@ class MultiExitTrainer(Trainer):
         """Return the learning-rate schedule: by `args.milestones` if set, otherwise by `args.lr_scheduler_type`."""
         args, chosen = self.args, optimizer or self.optimizer
         if isinstance(args, MultiExitTrainingArguments) and args.milestones and chosen and self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(chosen, args.rate_fraction)
+            self.lr_scheduler = LambdaLR(chosen, partial(args.rate_fraction, max_steps=num_training_steps))
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -198,6 +200,14 @@ class MultiExitTrainer(Trainer):
             for left in folder.glob(".saving-*"):  # by `save_pretrained` in a process that was killed
                 shutil.rmtree(left)
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer` does, with `detach_shallow_exits`; the model keeps no hook for later trainings."""
+        with ExitStack() as hooks:
+            for head in self._detached:
+                hook = head.register_forward_pre_hook(lambda _, inputs: tuple(states.detach() for states in inputs))
+                hooks.enter_context(hook)
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch as `Trainer` does; train nothing if the resumed checkpoint is from the last step."""
