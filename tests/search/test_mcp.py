@@ -1,9 +1,11 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -107,21 +109,60 @@ def test_mcp_serves_the_own_index_of_a_folder_and_writes_none_there(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.slow
-def test_a_message_with_half_a_character_is_answered(code):
-    start = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}
-    read = {"name": "read", "arguments": {"path": "\ud800.py"}}
-    command = [sys.executable, "-m", "modular_star_encoder.cli.main", "mcp", str(code)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        for number, (method, params) in enumerate((("initialize", start), ("tools/call", read))):
-            message = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
-            print(json.dumps(message), file=server.stdin, flush=True)
+# A shell may start us with SIGINT ignored.
+START = """import signal, sys
+from modular_star_encoder.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())"""
+
+
+@contextmanager
+def started(code):
+    """Start `mose mcp` on a folder, with pipes, and end it if it runs for over 60 s."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", START, "mcp", str(code)], **pipes, text=True) as server:
         timer = threading.Timer(60, server.kill)  # without an answer, reading would wait without end
         timer.start()
-        result = [json.loads(server.stdout.readline()) for _ in range(2)][1]["result"]
+        yield server
         timer.cancel()
+
+
+def answer(server, method, params):
+    print(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())["result"]
+
+
+INITIAL = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}
+
+
+@pytest.mark.slow
+def test_a_message_with_half_a_character_is_answered(code):
+    with started(code) as server:
+        answer(server, "initialize", INITIAL)
+        result = answer(server, "tools/call", {"name": "read", "arguments": {"path": "\ud800.py"}})
         server.stdin.close()
+        server.wait()
     assert (result["isError"], "�.py" in result["content"][0]["text"]) == (True, True)
+
+
+@pytest.mark.slow
+def test_worker_processes_of_a_server_parse_new_files(code):
+    with started(code) as server:
+        answer(server, "initialize", INITIAL)
+        write_code(code, {"new.py": "LIMIT = 3\n\n\ndef brand_new_function():\n    return 'fresh'\n"})
+        question = {"name": "search", "arguments": {"question": "brand_new_function", "top_k": 1}}
+        text = answer(server, "tools/call", question)["content"][0]["text"]
+        server.stdin.close()
+        assert (text.split("\n")[0], server.stderr.read()) == ("new.py:4-5 brand_new_function", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_server_whose_stdin_is_open(code, number):
+    with started(code) as server:
+        answer(server, "initialize", INITIAL)
+        server.send_signal(number)
+        assert (server.wait(), server.stderr.read()) == (130, "mose: interrupted\n")
 
 
 def test_answers_are_cut(index, code):

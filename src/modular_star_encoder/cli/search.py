@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -281,10 +282,22 @@ def run_related(arguments: argparse.Namespace) -> None:
 
 
 def run_mcp(arguments: argparse.Namespace) -> None:
+    from modular_star_encoder.cli.main import interrupt
     from modular_star_encoder.search.index import open_for_search
     from modular_star_encoder.search.mcp_server import serve
 
-    serve(open_for_search(arguments.folder, progress=False)[0])
+    index, _ = open_for_search(arguments.folder, progress=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is interrupt:  # Python would wait at exit for the thread that reads stdin
+            signal.signal(number, _end)
+    serve(index)
+
+
+def _end(number: int, frame: object) -> None:
+    """Signal handler: end the process at once. An update that it ends loses nothing, as if the process were killed."""
+    with suppress(OSError):
+        os.write(2, b"mose: interrupted\n")
+    os._exit(130)
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

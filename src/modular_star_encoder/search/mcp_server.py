@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import SimpleNamespace
 from typing import Annotated, Any, BinaryIO, cast
 
 from mcp.server import MCPServer
@@ -105,7 +104,7 @@ def serve(index: CodeIndex) -> None:
     if sys.stdin is None or sys.stdout is None:
         raise UserError("mcp.closed", "`mose mcp` needs an open stdin and stdout. Let an agent start the command.")
     own = sys.stdin
-    sys.stdin = cast(Any, SimpleNamespace(buffer=_Input(own.buffer)))
+    sys.stdin = io.TextIOWrapper(cast(Any, _Input(own.buffer)))  # with `close`, which worker processes call
     try:
         build_server(index).run("stdio")
     finally:
