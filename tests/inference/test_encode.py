@@ -202,6 +202,9 @@ def test_a_special_token_spelled_in_a_text_is_text_in_training_search_and_evalua
         assert tokenize(tokenizer, [prompt + text], 128, False) == [ids]  # as evaluation, search and ONNX do
         assert tokenize(tokenizer, [text], 128, False, prompt=prompt) == [ids]
         assert tokenize(tokenizer, [prompt + text], len(ids) - 2, False) == [[*ids[:-3], ids[-1]]]
+        for length in (1, 2, 3):  # a prompt alone may have more tokens
+            cut = tokenize(tokenizer, [text], length, False, prompt=prompt)
+            assert cut == [[*ids[: length - 1], ids[-1]] if length > 1 else ids[:1]]
     if not instructions:  # stock libraries read prompt and text as one
         assert tokenizer(code)["input_ids"] == trained[1]
         stock = SentenceTransformer(str(folder), device="cpu")

@@ -205,6 +205,14 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, file, content):
         Run(tmp_path, recipe_of("model"), "fine-tuning")
 
 
+@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
+def test_a_strategy_may_be_the_word_no_which_yaml_reads_as_false(tmp_path, name):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe_of("model").to_dict()))
+    recipe = load_recipe(FinetuningRecipe, path, [f"{name}=no"])
+    assert getattr(recipe.arguments(tmp_path, progress=False), name) == "no"
+
+
 FINISHED = {"steps": 6, "evaluation": {}}
 
 

@@ -167,11 +167,12 @@ def tokenize(
         begin, content = (published[0], text[published.end() :]) if published else (prompt, text)
         if any(token in content for token in special):
             encoder = encoder or ContentEncoder(tokenizer)
-            before = tokenizer(begin)["input_ids"]
+            before = tokenizer(begin, truncation=True, max_length=max_length)["input_ids"]
             after = before[len(before) - (frame[-1] == tokenizer.cls_token_id) :]
             ids = encoder([content])[0].tolist()[: max_length - len(before)]
             token_ids[row] = [*before[: len(before) - len(after)], *ids, *after]
-    return token_ids
+    # A tokenizer cuts no text to fewer tokens than it adds.
+    return [ids[:max_length] for ids in token_ids]
 
 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:

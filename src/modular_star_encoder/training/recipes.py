@@ -97,7 +97,9 @@ class TrainingSettings:
             if name in _MAPPINGS and not isinstance(value, Mapping | None):
                 message = f"{name} must be a mapping of settings, not {value!r}."
                 raise UserError("training.arguments.mapping", message)
-        object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
+        # YAML reads the word `no` as false.
+        unset = {name: "no" for name, value in self.training.items() if name.endswith("_strategy") and value is False}
+        object.__setattr__(self, "training", {**self.DEFAULTS, **self.training, **unset})
 
     def batches(self, processes: int) -> dict[str, Any]:
         """Return training arguments that split a batch evenly over `processes` devices; UserError if impossible."""
