@@ -86,7 +86,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return a published checkpoint's configuration with the fields in `kwargs`, which are popped; None for others."""
+    """Return a published checkpoint's configuration, with its fields in `kwargs` (popped) set; else None."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None

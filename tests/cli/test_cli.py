@@ -191,7 +191,7 @@ def test_a_wrong_column_of_pairs_is_reported_before_anything_heavy(mose, tmp_pat
     monkeypatch.setitem(sys.modules, "modular_star_encoder.training.finetuning", None)  # its import would fail
     (tmp_path / "pairs.csv").write_text("a,b\n1,2\n")
     words = ("finetune", "mose-code", "--out", tmp_path / "run", f"data.pairs={tmp_path / 'pairs.csv'}")
-    for columns, message in (((), "It has a, b."), (("data.columns.query=prose",), "no column prose")):
+    for columns, message in (((), "Its columns are a, b."), (("data.columns.query=prose",), "no column prose")):
         status, _, errors = mose(*words, *columns)
         assert (status, message in errors) == (2, True)
 
@@ -327,7 +327,7 @@ def test_pretrain_ends_with_held_out_quality_and_the_next_command(mose, tmp_path
     assert table[2:4] == ["|1|3.500|33.1|175.0|", "|2|4.500|90.0|275.0|"]
     assert table[4].startswith(f"|guess|{entropy:.3f}|")
     assert table[5] == "|guessbycommonidentifiers|||60.0|"
-    assert ("No exit is much better" in out, f"Result in {tmp_path}/a run/model, " in out) == (is_poor, True)
+    assert ("No exit is much better" in out, f"The model is in {tmp_path}/a run/model, " in out) == (is_poor, True)
     command = ["mose", "finetune", "small", "--out", f"{tmp_path}/a run-retrieval", f"model={tmp_path}/a run/model"]
     assert [shlex.split(line) for line in out.splitlines()[-2:]] == [
         [*command, f"data.functions.folder={tmp_path}"],

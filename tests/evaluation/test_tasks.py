@@ -32,8 +32,8 @@ def test_queries_without_a_relevant_document_are_left_out_and_spare_documents_ar
         (lambda: candidate_batches(5, 1), "evaluation.candidates.too_few", 1),
         (lambda: pairs_task("b", "t", PAIRS[:1], size=None), "evaluation.candidates.too_few", 1),
         (lambda: from_ids("ab", {"q": ["x"]}), "evaluation.task.unknown_document", "'x'"),
-        (lambda: from_ids("ab", {}), "evaluation.candidates.too_few", "not 0 and 2"),
-        (lambda: from_ids("a", {"q": ["a"]}), "evaluation.candidates.too_few", "not 1 and 1"),
+        (lambda: from_ids("ab", {}), "evaluation.candidates.too_few", "has 0 and 2"),
+        (lambda: from_ids("a", {"q": ["a"]}), "evaluation.candidates.too_few", "has 1 and 1"),
     ],
 )
 def test_too_few_texts_to_rank_are_an_error(build, key, value):

@@ -245,7 +245,11 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
     ("override", "key", "value"),
     [
         ("seeds=[1, 1]", "settings.value", "seeds"),
-        ("starts={start: {}, cut: {config.exit_layers: [2, 4]}}", "ablation.exits", "cut/together has [2, 4]"),
+        (
+            "starts={start: {}, cut: {config.exit_layers: [2, 4]}}",
+            "ablation.exits",
+            "together has the exits [2, 4]",
+        ),
         ("exit_layers=[0, 3]", "ablation.exit_layers", "[0, 3], but the model's exits are [1, 2, 4]"),
         ("variants={together: {}}", "settings.value", "'together'"),
         ("variants={../x: {}}", "settings.value", "'../x'"),

@@ -136,7 +136,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         exits = ", ".join(map(str, index.settings.exit_layers))
         print(
             f"{printable(index.store.location)}: {report.rows:,} pieces of {report.files:,} files at exit {exits}; "
-            f"embedded {report.embedded_files:,} files ({report.embedded_rows:,} rows), removed "
+            f"embedded {report.embedded_files:,} files ({report.embedded_rows:,} pieces), removed "
             f"{report.removed_files:,} files, in {report.seconds:.1f} s"
         )
         for line in report.lines(arguments.show_skipped):

@@ -112,7 +112,7 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
         print(f"No exit is {better} than `guess`: train on more repositories, or for more steps in another --out.")
     model = os.path.join(arguments.out, "model")
     print(f"The model is in {model}, and the table above in report.md. To fine-tune the model for search,")
-    print("run one of these (1,000 steps, hours on a CPU; max_steps=100 warmup_steps=10 is a trial):")
+    print("run one of these (1,000 steps, hours on a CPU; add max_steps=100 warmup_steps=10 for a trial):")
     command = ["mose", "finetune", "small", "--out", f"{os.path.normpath(arguments.out)}-retrieval", f"model={model}"]
     for data in (f"data.functions.folder={recipe.corpus.get('folder', 'FOLDER')}", "data.pairs=pairs.csv"):
         print(f"    {shlex.join([*command, data])}")

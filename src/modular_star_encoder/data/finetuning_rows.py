@@ -124,7 +124,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """The items of `steps` batches that `plan` chooses, one batch after another: read the dataset in order, unshuffled.
+    """The items of `steps` batches, which `plan` chooses, one batch after another. The reader must not shuffle them.
 
     An item has `query_ids` and `document_ids`, int64 (T,) for T tokens: the description and first snippet of a row of
     `texts` or, in a code → code pair, two random snippets of the row. If all rows have a hard negative, an item also

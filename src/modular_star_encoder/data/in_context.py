@@ -172,7 +172,7 @@ class PairSampler:
             message += f" texts of {MIN_SNIPPET_TOKENS} tokens or more. In the set that begins with"
             message += f" {', '.join(corpus.repositories[:4])}, only {qualified} of"
             message += f" {len(np.unique(repository))} repositories qualify."
-            raise UserError("data.in_context.too_few_repositories", f"{message} Add repositories in one language.")
+            raise UserError("data.in_context.too_few_repositories", f"{message} Add repositories in the same language.")
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]
         self._rows = numbers[order]
@@ -199,7 +199,7 @@ class PairSampler:
             self._proposals[one] = _Proposals(groups, -self._longest[groups], cumulative)
 
     def draw(self, rng: np.random.Generator) -> WindowPair:
-        """Return a random pair; RuntimeError if no two repositories fit any of 10,000 cells (see this module)."""
+        """Return a random pair; RuntimeError if 10,000 tries find no two repositories for it."""
         for _ in range(_MAX_CELLS):
             cell = self._draw_cell(rng)
             any_length = (cell[0][0], 0), (cell[1][0], 0)

@@ -93,8 +93,8 @@ def circumstances(costs: ExitCosts) -> str:
         return ""
     size, length = profile.shapes[0]
     processor, threads = profile.machine.get("processor", "unknown processor"), profile.machine.get("threads", "?")
-    machine = profile.machine.get("gpu") or f"{processor}, {threads} thread(s)"
-    text = f"Latency: median time to embed {size} text(s) of {length} tokens; memory: peak of a process. Measured on "
+    machine = profile.machine.get("gpu") or f"{processor}, {threads} thread{'s' * (threads != 1)}"
+    text = f"Latency: median time to embed a batch of {size} × {length} tokens; memory: peak of a process. Measured on "
     text += f"{profile.date}: {machine}, {profile.device}, {profile.dtype}. {costs.note}"
     return f'<p class="mose-note">{escape(text.strip())}</p>'
 

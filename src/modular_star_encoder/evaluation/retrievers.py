@@ -121,7 +121,7 @@ class EmbeddingRetriever(Retriever):
                 self.cache.add(self.space(exit_layer), chunk, embeddings[exit_layer], self.name)
 
     def rows(self, texts: Sequence[Prompted], exit_layer: int | None) -> CachedRows:
-        """Return the cached embeddings (N, size) of N (prompt, text) pairs at one exit; first `embed` these pairs."""
+        """Return the cached embeddings (N, size) of N (prompt, text) pairs at one exit; call `embed` before."""
         return self.cache.rows(self.space(exit_layer), texts)
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:

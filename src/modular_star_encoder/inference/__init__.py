@@ -84,7 +84,7 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
 
 
 def _faults(folder: Path, of_modules: bool) -> Iterator[str]:
-    """Yield one fault for each file that is unsafe to read, for example "its config.json is not a file"."""
+    """Yield a phrase for each entry of a checkpoint that is unsafe to read, such as "its config.json is not a file"."""
     for file in (path for pattern in _READ for place in ("", "*/") for path in folder.glob(place + pattern)):
         is_config = re.fullmatch(r"modules\.json|(?!tokenizer_).*config.*", file.name)
         if not file.is_file():  # reading a pipe would never end

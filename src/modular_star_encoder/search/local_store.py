@@ -44,7 +44,8 @@ _SMALL_SEGMENTS = 32  # an update merges the segments below `LARGE_SEGMENT` if i
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
 _STAMPS = "stamps.json"
-_OWN_FILE = re.compile(rf"\.?(rows-.*|\.gitignore|\.lock|{_STAMPS}|{MANIFEST})(\.\d+\.tmp)?")  # also half-written files
+# Also half-written files.
+_OWN_FILE = re.compile(rf"\.?(rows-.*|\.gitignore|\.lock|{_STAMPS}|{MANIFEST})(\.\d+(\.\w+)?\.tmp)?")
 
 _OTHER_DAMAGE = (zlib.error, RecursionError, MemoryError)
 _SEGMENT_NAME = re.compile(r"rows-[0-9a-f]{32}")

@@ -297,7 +297,7 @@ def _kinds(path: str) -> tuple[bool, bool, bool]:
 
 
 def diversity(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return factors (N,) for scores of pieces: 1 for a file's best piece, 0.93 for the second, 0.86 for the third."""
+    """Return factors (N,) for scores of pieces: 1 for a file's best piece, 0.93 for the second, 0.93² for the third."""
     return FURTHER_PIECE ** _place_in_file(scores, file_of)
 
 

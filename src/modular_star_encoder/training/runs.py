@@ -121,7 +121,7 @@ def _preflight(
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> Preflight:
-    """Return a `Preflight` with the estimated size of a pre-training run; heads are computed for masked tokens only."""
+    """Return a `Preflight`, an estimate of a pre-training run, which computes the MLM head for masked tokens only."""
     exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     head_flops = 6.0 * recipe.mlm_probability * exits * heads * recipe.max_tokens

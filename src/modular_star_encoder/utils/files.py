@@ -4,6 +4,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -192,7 +193,8 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
     it replaces `target`. The temporary name is always the same, so that a new attempt removes what a killed one left.
     """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
+    mark = "" if resumable else f".{os.getpid()}.{_machine()}"
+    temporary = target.with_name(f".{target.name}{mark}.tmp")
     _remove(temporary)
     _sweep(target)
     try:
@@ -244,16 +246,24 @@ def scratch_folder(name: str) -> Iterator[Path]:
     """Context manager: yield a temporary folder. It is removed at the end or by the next call for `name`."""
     target = Path(tempfile.gettempdir(), f"mose-{name}")
     _sweep(target)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.{_machine()}.", suffix=".tmp"))
     try:
         yield folder
     finally:
         _remove(folder)
 
 
+def _machine() -> str:
+    """Return a hash of the machine or container, because another one that shares a folder has the same process ids."""
+    name = platform.node()
+    with suppress(OSError):  # Linux alone numbers the processes of a container separately
+        name += os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
 def _sweep(target: Path) -> None:
-    """Remove the temporary files and folders of `target` that killed processes left behind."""
-    form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(\w+\.)?tmp")
+    """Remove temporary files and folders of `target` that killed processes of this machine or container left behind."""
+    form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.{_machine()}\.(\w+\.)?tmp")
     for name in os.listdir(target.parent) if target.parent.is_dir() else ():
         if match := form.fullmatch(name):
             with suppress(OSError):  # the process, or the file, is another user's

@@ -255,7 +255,7 @@ class HTTPClient:
 
 
 async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None:
-    """Trace function of httpcore: connections raise HTTPRequestError after `_MAX_INTERIM` responses of status 1xx."""
+    """httpcore calls this at each step; raise HTTPRequestError after `_MAX_INTERIM` responses of status 1xx."""
     if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
         connection = info["return_value"]
         read, count, end = connection.read, 0, b""

@@ -273,8 +273,8 @@ def _sentence(fault: Any) -> str:
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted key, text with type, default and meaning) for each setting of the settings class `kind`.
 
-    Fields of the dataclass in `kind.OPEN_KEYS` are left out if neither `kind.DEFAULTS` nor the section `Args:` of a
-    docstring names them.
+    `kind.OPEN_KEYS` may be a dataclass whose fields are keys, too. Of these fields, only those are yielded that
+    `kind.DEFAULTS` or the section `Args:` of a docstring names.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)

@@ -276,8 +276,9 @@ def column_names(source: Source, **options: Any) -> list[str]:
     if names := list(dict.fromkeys(name for _, row in read if isinstance(row, dict) for name in row)):
         return names
     fault = f"{read[0][0]}: {read[0][1]}" if read else "it is empty"
-    message = f"{_shown(source)} has no row with named columns ({fault}). Name the columns in the first line of a CSV"
-    raise UserError("data.source.empty", f"{message} file or, in JSON Lines, in each row: {{NAME: VALUE, …}}.")
+    message = f"{_shown(source)} has no row with named columns ({fault})."
+    advice = "The first line of a CSV file names the columns; each line of a JSON Lines file is {NAME: VALUE, …}."
+    raise UserError("data.source.empty", f"{message} {advice}")
 
 
 def _common_names(files: Sequence[str]) -> list[str]:

@@ -260,7 +260,7 @@ FREE_BYTES, MAX_RATIO = 2**24, 50  # beyond the free bytes, each byte of the arc
 
 
 class ArchiveLimitError(Exception):
-    """Raised if an archive exceeds a limit. The message is the reason that a reader counts in `skipped`."""
+    """Raised if an archive exceeds a limit. `SourceReader.skipped` counts the message as a reason."""
 
 
 class Member(NamedTuple):

@@ -200,7 +200,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
 
 
 def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
-    """Read {slug of an exercise: {language or `DESCRIPTION`: text}}; if `masked`, replace the names in the code."""
+    """Read {slug of an exercise: {language or `DESCRIPTION`: text}}; if `masked`, `_code` masks the code's names."""
     rows = files.read_jsonl(path, _Exercise)
     files.check_unique(path, [row.slug for row in rows], "slug")
     exercises: dict[str, dict[str, Text]] = {}
