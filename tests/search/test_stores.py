@@ -239,7 +239,7 @@ def test_a_folder_of_other_things_than_a_killed_first_indexing_left_is_no_index(
     assert open_store(tmp_path / "new").settings() is None
     assert not (tmp_path / "new").exists()
     (tmp_path / "thesis.tex").unlink()  # what a killed first indexing left is no obstacle
-    for name in ("..gitignore.12.tmp", ".index.json.7.tmp", ".stamps.json.7.tmp", ".lock", f"rows-{'0' * 32}"):
+    for name in ("..gitignore.12.tmp", ".index.json.7.ab12.tmp", ".stamps.json.7.tmp", ".lock", f"rows-{'0' * 32}"):
         (tmp_path / name).touch()
     assert LocalStore(tmp_path).settings() is None
     (tmp_path / ".thesis.tex.7.tmp").touch()

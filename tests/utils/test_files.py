@@ -77,16 +77,27 @@ def test_a_file_that_could_not_be_written_is_reported_beforehand(tmp_path):
         files.check_writable(tmp_path)
 
 
-def test_the_next_call_removes_what_a_process_that_ended_left_and_nothing_of_a_running_one(tmp_path, monkeypatch):
+def test_the_next_call_removes_what_an_ended_process_left_and_nothing_of_a_running_one_or_of_another_machine(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for name in ("out", "mose-card"):
-        for process in (ended.pid, os.getppid()):
-            (tmp_path / f".{name}.{process}.tmp").mkdir()
+
+    def names_of(process, machine):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: process)
+            patch.setattr("platform.node", lambda: machine)
+            with staged_folder(tmp_path / "out") as staged, files.scratch_folder("card") as scratch:
+                return {staged.name, scratch.name}
+
+    running, elsewhere = names_of(os.getppid(), "here"), names_of(ended.pid, "there")
+    for name in running | elsewhere | names_of(ended.pid, "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("platform.node", lambda: "here")
     with staged_folder(tmp_path / "out"), files.scratch_folder("card"):
         pass
-    assert sorted(os.listdir(tmp_path)) == [f".mose-card.{os.getppid()}.tmp", f".out.{os.getppid()}.tmp", "out"]
+    assert {*os.listdir(tmp_path)} == running | elsewhere | {"out"}
 
 
 def test_without_a_known_home_folder_names_stay_as_they_are_and_there_is_no_cache(monkeypatch):
