@@ -77,6 +77,8 @@ def test_requests_are_taken_as_they_are_needed():
         ({}, {"prompt": "Translate {code}"}, "synthconl.prompt", ["Found: code"]),
         ({}, {"prompt": PROMPT + "{"}, "synthconl.prompt", ["'{'"]),
         ({}, {"prompt": PROMPT + "{code.__class__}"}, "synthconl.prompt", ["code.__class__"]),
+        ({}, {"prompt": PROMPT + "{code: the code}"}, "synthconl.prompt", ["Found: code, code: the code, "]),
+        ({}, {"prompt": PROMPT + "{code!r:>{width}}"}, "synthconl.prompt", ["code!r:>{width}"]),
     ],
 )
 def test_settings_and_options_are_checked_before_anything_is_sent(options, changes, key, values):

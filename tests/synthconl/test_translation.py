@@ -215,10 +215,10 @@ def test_fences_inside_the_code_belong_to_the_code_and_indentation_of_the_block_
     assert clean(text, source=GO, source_language="go", target="python").code == DOCSTRING
 
 
-@pytest.mark.parametrize("text", ["```py\n", "    ```\n", "Sure: . ", "\n \n"])
+@pytest.mark.parametrize("text", ["```py\n", "    ```\n", "Sure: . ", "\n \n", "a", "~"])
 def test_the_longest_answer_is_cleaned_in_seconds(text):
     many = text * ((MAX_ANSWER_CHARACTERS - 10) // len(text))
-    for answer in (many, f"```go\n{many}"):
+    for answer in (many, f"```go\n{many}", f"```{many}`", f"{many}`"):
         start = time.process_time()
         clean(answer)
         assert time.process_time() - start < 10

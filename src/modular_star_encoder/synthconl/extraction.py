@@ -130,7 +130,7 @@ REASONS = (
 _TAGS = {"python3": "python", "golang": "go", "node": "javascript"}
 # A Markdown code fence, alone on its line or first in a list item; only an opening fence has a tag.
 _FENCE = re.compile(
-    r"(?P<lead>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[^`\s]*)[^`]*"
+    r"(?P<lead>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?)(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<tag>[^`\s]*+)[^`]*"
 )
 # The text of reasoning models before their answer; its opening tag may have been part of the prompt.
 _REASONING = re.compile(r"\A(?:\s*<think>.*?(?:</think>|\Z)|.*?^[ \t]*</think>[ \t]*$)", re.MULTILINE | re.DOTALL)
@@ -210,16 +210,16 @@ def code_blocks(text: str) -> list[tuple[str, str]]:
     at the last of these fences.
     """
     blocks: list[tuple[str, str]] = []
-    opening, start, lines = None, 0, text.split("\n")
+    opening, depth, start, lines = None, 0, 0, text.split("\n")
     for number, line in enumerate(lines):
         if not (fence := _FENCE.fullmatch(line)):
             continue
+        indent = len(fence["lead"].expandtabs())
         if opening is not None:
-            inner = len(fence["lead"].expandtabs()) > len(opening["lead"].expandtabs())
-            if inner or not fence["fence"].startswith(opening["fence"]):
+            if indent > depth or not fence["fence"].startswith(opening["fence"]):
                 continue
             blocks.append(_block(opening, lines[start:number], closed=not fence["tag"]))
-        opening, start = (None if opening is not None and not fence["tag"] else fence), number + 1
+        opening, depth, start = (None if opening is not None and not fence["tag"] else fence), indent, number + 1
     return blocks if opening is None else [*blocks, _block(opening, lines[start:], closed=False)]
 
 

@@ -203,9 +203,10 @@ def target_language(row_id: str, source_language: str, *, seed: int, targets: Se
 
 
 def check_prompt(prompt: str) -> str:
-    """Return `prompt` unchanged; UserError if its fields in braces are not exactly those of `PROMPT`."""
+    """Return `prompt` unchanged; UserError if its fields in braces are not those of `PROMPT`, without formats."""
     try:
-        fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
+        parts = [part for part in Formatter().parse(prompt) if part[1] is not None]
+        fields = {f"{name}{f'!{kind}' * bool(kind)}{f':{form}' * bool(form)}" for _, name, form, kind in parts}
     except ValueError as error:
         fields = {str(error)}
     if fields != {"source_language", "target_language", "code"}:
