@@ -146,6 +146,18 @@ def test_rows_that_are_read_one_by_one_are_written_in_one_row_group(tmp_path, mo
     assert pq.read_metadata(tmp_path / "out/part-0/0.parquet").num_row_groups == 1
 
 
+def test_string_views_lists_of_them_and_tensors_are_copied(tmp_path):
+    code = pa.array(["x = 1", "def f():\n    return 'a longer text'", "x = 1", "y = 2"], pa.string_view())
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(16.0).reshape(4, 2, 2))
+    lists = pa.array([["a"], [], None, ["b"]], pa.list_(pa.binary_view()))
+    table = pa.table({"code": code, "vectors": tensors, "lists": lists})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in/a.parquet")
+    drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against={})
+    expected = pa.concat_tables([table.slice(0, 2), table.slice(3)])
+    assert pq.read_table(tmp_path / "out/a.parquet").equals(expected)
+
+
 def one_row(path):
     pq.write_table(pa.table({"code": [f"x = '{path}'"]}), path)
 

@@ -159,14 +159,16 @@ def write_kept(shard: Shard, target: Path, kept: np.ndarray) -> None:
         group: list[pa.Table] = []
         with _unreadable(shard.path):
             for batch in parquet_batches(shard.path, most_rows=_ROWS_PER_GROUP):
-                chosen = pa.Table.from_batches([batch]).filter(pa.array(kept[start : start + len(batch)]))
+                edges = np.flatnonzero(np.diff(kept[start : start + len(batch)], prepend=False, append=False))
+                runs = [batch.slice(first, end - first) for first, end in edges.reshape(-1, 2)]
+                chosen = pa.Table.from_batches(runs, batch.schema).combine_chunks()  # `filter` can't copy string views
                 start += len(batch)
                 group += [chosen] if len(chosen) else []
                 size += len(chosen) + chosen.nbytes * _ROWS_PER_GROUP // _GROUP_BYTES
                 if size >= _ROWS_PER_GROUP:
                     yield pa.concat_tables(group)
                     group, size = [], 0
-        yield pa.concat_tables([schema.empty_table(), *group])
+        yield pa.concat_tables([pa.Table.from_batches([], schema), *group])
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_parquet(target, tables(), schema)
