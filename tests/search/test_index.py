@@ -200,6 +200,15 @@ def test_an_index_inside_its_folder_moves_with_it_and_is_found_from_below(code, 
     assert not (moved / "index" / ".gitignore").exists()  # it may be meant to be committed
 
 
+def test_an_index_in_a_parent_counts_only_if_it_holds_the_folder(code, tmp_path, checkpoint):
+    (code / "src" / ".mose").mkdir()
+    (code / "src" / ".mose" / ".lock").touch()  # left by an interrupted build
+    (tmp_path / "other").mkdir()
+    build(code, tmp_path / ".mose", checkpoint)
+    places = code, code / "src", tmp_path, tmp_path / "other"
+    assert [find_index(place) for place in places] == [str(tmp_path / ".mose")] * 3 + [None]
+
+
 def test_an_index_behind_a_link_is_of_the_folder_that_was_named(code, tmp_path, checkpoint):
     write_code(tmp_path / "elsewhere", {"private.py": "def private():\n    return 1\n"})
     (code / ".index").mkdir()

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from mcp import Client, StdioServerParameters
 
 from modular_star_encoder.cli.main import main
@@ -170,8 +172,35 @@ def test_answers_are_cut(index, code):
     ((text, is_error),) = ask(build_server(index), ("read", {"path": "long.py"}))
     assert (is_error, len(text) < MOST_CHARACTERS + 10, text.endswith("… cut")) == (False, True, True)
     write_code(code, {"short.py": "x\n" * 1000})
-    calls = [("read", {"path": "short.py", "last_line": last}) for last in (-1, 999)]
-    assert [len(text.splitlines()) for text, _ in ask(build_server(index), *calls)] == [0, MOST_LINES]
+    wrong = {"first_line": 1001}, {"first_line": 2, "last_line": 1}, {"last_line": -1}
+    calls = [("read", {"path": "short.py", **lines}) for lines in ({"last_line": 999}, *wrong)]
+    (text, _), *others = ask(build_server(index), *calls)
+    assert len(text.splitlines()) == MOST_LINES
+    assert [("short.py has 1,000 lines" in text, error) for text, error in others] == [(True, True)] * 3
+
+
+def test_a_path_may_be_absolute_or_begin_with_a_dot(index, code):
+    calls = [
+        (tool, {"path": path, **more})
+        for path in ("stack.py", "./stack.py", str(code / "stack.py"))
+        for tool, more in (("read", {}), ("related", {"line": 3}))
+    ]
+    answers = ask(build_server(index), *calls)
+    assert answers == answers[:2] * 3
+    assert not any(is_error for _, is_error in answers)
+
+
+def test_an_index_that_is_removed_while_it_is_served_is_reported_with_advice(index):
+    shutil.rmtree(index.store.folder)
+    ((text, is_error),) = ask(build_server(index), ("search", {"question": "add"}))
+    assert (is_error, "was removed" in text, "restart `mose mcp`" in text) == (True, True, True)
+
+
+def test_an_answer_says_that_another_process_is_building_the_index(index):
+    (index.store.folder / "stamps.json").unlink(missing_ok=True)
+    with FileLock(index.store.folder / ".lock"):
+        ((text, is_error),) = ask(build_server(index), ("search", {"question": "add"}))
+    assert (is_error, "add.go" in text, "Another process is building the index" in text) == (False, True, True)
 
 
 @pytest.mark.parametrize("stream", ["stdin", "stdout"])

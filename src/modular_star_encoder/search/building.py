@@ -53,6 +53,7 @@ class UpdateReport:
     embedded_rows: int = 0  # rows of these files
     removed_files: int = 0  # files removed from the index, because they were deleted or are now left out
     rows: int = 0  # rows in the index after the update
+    is_unfinished: bool = False  # another process is building the index, and this one did not update it
     postponed_files: int = 0  # files that may have changed but were not embedded, for lack of time
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of each file left out
     guessed_files: list[str] = field(default_factory=list)  # files read as Latin-1: not UTF-8, no encoding declared
@@ -79,18 +80,26 @@ class UpdateReport:
             parts += [f"{_files(len(self.guessed_files))} read as Latin-1"] if self.guessed_files else []
             lines = [f"mose: note: {'; '.join(parts)}; --show-skipped lists the files"] if parts else []
         if self.postponed_files:
-            late = f"{_files(self.postponed_files)} not read yet (they share the fewest words with the question)"
+            late = f"{_files(self.postponed_files)} not read yet"
             lines.append(f"mose: note: {late}; later searches read more, and `mose index` reads all files")
+        if self.is_unfinished:
+            lines.append(f"mose: note: {self.gap().strip()}")
         return lines
 
+    def gap(self) -> str:
+        """Return a sentence, after a space, that says what the index lacks; "" if nothing was left for later."""
+        if self.is_unfinished:
+            return " Another process is building the index, which lacks files until then."
+        return f" {_files(self.postponed_files)} not read yet." if self.postponed_files else ""
+
     def news(self, show_skipped: bool = False) -> list[str]:
-        """Return `lines(show_skipped)`; but [] if `show_skipped` is false and no file was embedded or postponed."""
-        return self.lines(show_skipped) if show_skipped or self.embedded_files or self.postponed_files else []
+        """Return `lines(show_skipped)`; but [] if `show_skipped` is false, no file was embedded and no gap is left."""
+        return self.lines(show_skipped) if show_skipped or self.embedded_files or self.gap() else []
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report's numbers as JSON values. The key `skipped` has {reason: number of files left out}."""
         values = asdict(self)
-        del values["skipped_files"], values["guessed_files"]
+        del values["skipped_files"], values["guessed_files"], values["is_unfinished"]
         return {**values, "skipped": dict(self.skipped)}
 
 

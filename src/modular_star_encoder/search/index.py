@@ -228,6 +228,7 @@ class CodeIndex:
         except UserError as error:
             if error.key != "files.locked":
                 raise
+            self.report.is_unfinished = not self.store.stamps()  # stored at the end of a build
         return self.report
 
     def _update(self, **options: Any) -> UpdateReport:
@@ -302,9 +303,7 @@ class CodeIndex:
             here = [one for one in pieces if one.snippet.first_line <= line <= one.snippet.last_line]
             if not here:
                 message = f"The index has no code at line {line} of {path!r}. Name a line of code in an indexed file."
-                if late := self.report.postponed_files:
-                    message += f" {late:,} files of the folder are not read yet."
-                raise UserError("search.related.missing", message)
+                raise UserError("search.related.missing", message + self.report.gap())
             found = self.store.nearest(self.store.vectors(here[:1], exit_layer)[0], exit_layer, top_k + 1, Filter())
             others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
             return self._hits(others[:top_k])
@@ -320,13 +319,15 @@ class CodeIndex:
                 named += [f"the path pattern {path!r}"] * (path is not None)
                 example = f"{every[0].path} ({every[0].snippet.language})"
                 message = f"No indexed file fits {' and '.join(named)}. The index has files such as {example}."
-                late = self.report.postponed_files
-                raise UserError("search.filter", message + f" {late:,} other files are not read yet." * bool(late))
+                raise UserError("search.filter", message + self.report.gap())
 
     def refuse_empty(self) -> None:
         """Raise UserError if the index has no code. The message names a file in another language, if there is one."""
         if self.store.count():
             return
+        if self.report.is_unfinished:
+            message = f"The index {self.store.location} has no code yet.{self.report.gap()} Search again later."
+            raise UserError("search.index.unfinished", message)
         if self.report.postponed_files:
             message = f"No file of {self.folder} was read in time. Run `mose index {self.folder}` to read all files."
             raise UserError("search.folder.unread", message)
@@ -379,8 +380,9 @@ class CodeIndex:
 
     def _check_unchanged(self) -> None:
         """Raise UserError if the settings of the index, such as its checkpoint, have changed since it was opened."""
-        if IndexSettings.stored_in(self.store) != self.settings:
-            raise UserError("search.index.rebuilt", f"The index {self.store.location} was rebuilt: open it again.")
+        if (stored := IndexSettings.stored_in(self.store)) != self.settings:
+            changed = f"The index {self.store.location} was {'rebuilt' if stored else 'removed'}"
+            raise UserError("search.index.rebuilt", f"{changed}: open it again.")
 
     def _checked(self, checkpoint: str | os.PathLike[str] | Embedder, checksum: str | None = None) -> Embedder:
         """Return the `Embedder` of a checkpoint; UserError if the index was built with other weights or prompts."""
@@ -447,17 +449,20 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the path of the index in `folder` or its nearest parent, or None; UserError if its code is elsewhere."""
+    """Return the path of the index in `folder` or its nearest parent, or None; UserError if its code is elsewhere.
+
+    An index in a parent counts only if it is of a folder that contains `folder`.
+    """
     start = user_path(folder).absolute()
     for parent in (start, *start.parents):
         location = str(parent / INDEX_FOLDER)
-        if os.path.isdir(location):
+        if os.path.isdir(location) and (of := _indexed_folder(location)):
             own = os.path.realpath(parent)
-            of = _indexed_folder(location) or own
             if os.path.commonpath([of, own]) != own:
                 message = f"The index {location} belongs to the folder {of}, which is not inside {own}"
                 raise UserError("search.index.outside", f"{message}. If you trust this index, add --index {location}.")
-            return location
+            if parent == start or Path(os.path.realpath(start)).is_relative_to(of):
+                return location
     return None
 
 

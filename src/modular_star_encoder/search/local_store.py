@@ -134,7 +134,8 @@ class LocalStore:
             self._check_in_place()
             if self.folder.name == INDEX_FOLDER:  # an index in another folder may be meant to be committed
                 write_text(self.folder / ".gitignore", "*\n")  # a link there is replaced, not followed
-        self._is_new = True
+            (self.folder / _STAMPS).unlink(missing_ok=True)  # they tell what the old settings leave out
+        self._is_new, self._stamps = True, {}
         self._write({"settings": dict(settings), "segments": {}})
 
     @_reading

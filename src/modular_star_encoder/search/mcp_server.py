@@ -35,7 +35,8 @@ def _errors_as_answers() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        raise ToolError(printable(str(error))) from error
+        is_gone = isinstance(error, UserError) and error.key == "search.index.rebuilt"
+        raise ToolError(printable(str(error)) + " To open it again, restart `mose mcp`." * is_gone) from error
 
 
 def build_server(index: CodeIndex) -> MCPServer:
@@ -49,7 +50,11 @@ def build_server(index: CodeIndex) -> MCPServer:
             path = os.path.relpath(os.path.realpath(hit.path), root)
             code = "\n".join(printable(line) for line in hit.text.split("\n"))
             parts.append(f"{printable(path)}:{hit.line}-{hit.last_line} {printable(hit.name)}\n{code}")
-        return _cut("\n\n".join(parts) or "nothing found")
+        return _cut("\n\n".join(parts) or "nothing found") + index.report.gap().replace(" ", "\n\n", 1)
+
+    def inside(path: str) -> str:
+        is_other_form = path.startswith(("./", f"{root}/"))
+        return os.path.relpath(os.path.join(root, path), root).replace(os.sep, "/") if is_other_form else path
 
     @server.tool()
     @_errors_as_answers()
@@ -66,16 +71,19 @@ def build_server(index: CodeIndex) -> MCPServer:
     def related(path: _Path, line: int, top_k: int = 5) -> str:
         """Find code that resembles the code at a line of a file; `path` is relative to the repository."""
         index.refresh()
-        return shown(index.related(path, line, top_k=min(max(top_k, 1), MOST_HITS)))
+        return shown(index.related(inside(path), line, top_k=min(max(top_k, 1), MOST_HITS)))
 
     @server.tool()
     @_errors_as_answers()
     def read(path: _Path, first_line: int = 1, last_line: int = MOST_LINES) -> str:
         """Read lines `first_line` to `last_line` of a file, at most 400; `path` is relative to the repository."""
         index.refresh()
-        lines = LINE_END.split(index.read_file(path))
+        lines = LINE_END.split(index.read_file(inside(path)))
         first = max(first_line, 1)
-        chosen = lines[first - 1 : min(max(last_line, 0), first + MOST_LINES - 1)]
+        count = len(lines) - (not lines[-1])
+        if not first <= min(last_line, count):
+            raise ToolError(f"{printable(path)} has {count:,} lines, none from {first_line} to {last_line}.")
+        chosen = lines[first - 1 : min(last_line, first + MOST_LINES - 1)]
         return _cut("\n".join(f"{number}\t{printable(line)}" for number, line in enumerate(chosen, first)))
 
     return server
