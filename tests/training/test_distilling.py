@@ -13,6 +13,7 @@ from modular_star_encoder.data.pairs import RetrievalExample, Snippet, open_trip
 from modular_star_encoder.data.splits import BatchPlan, PairGroups
 from modular_star_encoder.inference.checkpoints import load_checkpoint, stored_license, stored_prompts
 from modular_star_encoder.inference.encoders import Encoder
+from modular_star_encoder.training.ablation import AblationRecipe, Results, ablate
 from modular_star_encoder.training.distilling import TaughtBatches, TeacherTargets, compute_teacher_vectors
 from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
@@ -20,8 +21,8 @@ from modular_star_encoder.training.starting_points import grow, grow_checkpoint,
 from modular_star_encoder.training.trainer import AveragedWeights
 from tests.errors import raises
 from tests.tiny import NO_DROPOUT, ZERO, change_json, save_tiny_checkpoint, tiny_batch, tiny_config, tiny_model
-from tests.training.retrieval_runs import end_by_signals, finetuning_settings, write_recipe, write_triplets
-from tests.training.test_finetuning import straight_and_interrupted
+from tests.training.retrieval_runs import end_by_signals, finetuning_settings, interrupt, write_recipe, write_triplets
+from tests.training.test_finetuning import run, straight_and_interrupted
 
 STUDENT = ZERO | NO_DROPOUT | {"exit_layers": (0, 1, 2), "num_hidden_layers": 2, "instruction_prompts": False}
 EXIT_0 = STUDENT | {"exit_layers": (0,), "num_hidden_layers": 0}
@@ -225,6 +226,31 @@ def test_a_run_that_signals_end_at_random_moments_is_continued_to_the_same_weigh
         settings["distillation"] = {"teacher": str(checkpoint), "cache": str(tmp_path / "cache")}
     recipe = write_recipe(tmp_path / "recipe.yaml", settings)
     end_by_signals("finetune", recipe, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["teacher", "texts"])
+def test_neither_a_run_nor_an_ablation_is_continued_with_another_teacher_or_other_texts(
+    checkpoint, tmp_path, monkeypatch, changed
+):
+    teacher, texts = save_tiny_checkpoint(tmp_path / "teacher"), tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a text of its own"}')
+    distillation = {"teacher": str(teacher), "texts": str(texts), "cache": str(tmp_path / "cache")}
+    settings = finetuning_settings(checkpoint, write_triplets(tmp_path)) | {"distillation": distillation}
+    file = write_recipe(tmp_path / "recipe.yaml", settings)
+    with interrupt(monkeypatch, 3):
+        run(file, tmp_path / "run")
+    monkeypatch.setattr(Results, "gate", lambda *_: {"passed": False})
+    cells = AblationRecipe(finetuning=settings | {"max_steps": 1}, seeds=(0,))
+    ablate(cells, tmp_path / "ablation", progress=False)
+    if changed == "teacher":
+        tiny_model(initializer_range=0.5).save_pretrained(teacher)
+    else:
+        texts.write_text('{"text": "another text"}')
+    with raises("training.run.other_settings", f"other values of {changed}_checksum;"):
+        run(file, tmp_path / "run")
+    with raises("training.run.other_settings", f"other values of {changed}_checksum;"):
+        ablate(cells, tmp_path / "ablation", progress=False)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import TrainerState, TrainingArguments
 
 from modular_star_encoder.cli.main import main
+from modular_star_encoder.data.tokenizer import train_tokenizer
 from modular_star_encoder.inference.encode import bf16_is_faster
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes, runs
@@ -198,11 +199,11 @@ def recipe_of(model, **settings):
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(tmp_path, file, content):
-    Run(tmp_path, recipe_of("model"), "fine-tuning").begin()
+    Run(tmp_path, recipe_of("small"), "fine-tuning").begin()
     (tmp_path / "model").mkdir()
     (tmp_path / file).write_text(content)
     with raises("training.run.damaged", tmp_path / file):
-        Run(tmp_path, recipe_of("model"), "fine-tuning")
+        Run(tmp_path, recipe_of("small"), "fine-tuning")
 
 
 @pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
@@ -216,25 +217,31 @@ def test_a_strategy_may_be_the_word_no_which_yaml_reads_as_false(tmp_path, name)
 FINISHED = {"steps": 6, "evaluation": {}}
 
 
-def test_adapters_are_trained_further_only_on_the_weights_they_were_trained_on(tmp_path):
+@pytest.mark.parametrize("settings", [{"lora": {}}, {}])
+def test_a_run_is_continued_only_with_the_model_and_tokenizer_it_began_with(tmp_path, settings):
     start, out = save_tiny_checkpoint(tmp_path / "start"), tmp_path / "run"
-    recipe = recipe_of(start, lora={})
+    shutil.copytree(start, tmp_path / "tokenizer")
+    recipe = recipe_of(start, tokenizer=str(tmp_path / "tokenizer"), **settings)
     run = Run(out, recipe, "fine-tuning")
     run.begin()
     write_training_checkpoint(out / "checkpoints" / "checkpoint-2", 2)
     assert Run(out, recipe, "fine-tuning").settings == json.loads(json.dumps(recipe.to_dict()))
-    assert load_recipe(FinetuningRecipe, out / "recipe.json").lora == {}
-    shutil.rmtree(start)
-    save_tiny_checkpoint(start, pooling="lasttoken")
-    with raises("training.run.other_settings", f"was trained from other weights of {start}"):
-        Run(out, recipe, "fine-tuning")
+    assert load_recipe(FinetuningRecipe, out / "recipe.json").lora == recipe.lora
+    for folder, name in ((start, "model_checksum"), (tmp_path / "tokenizer", "tokenizer_checksum")):
+        kept = shutil.move(folder, tmp_path / "kept")
+        save_tiny_checkpoint(folder, pooling="lasttoken")
+        train_tokenizer(["other words"], 290, progress=False).save_pretrained(folder)
+        with raises("training.run.other_settings", f"other values of {name}; choose another folder, or restore"):
+            Run(out, recipe, "fine-tuning")
+        shutil.rmtree(folder)
+        shutil.move(kept, folder)
     (out / "model").mkdir()
     run.end(FINISHED)
     assert Run(out, recipe, "fine-tuning").log == FINISHED
 
 
 def test_only_a_finished_run_of_other_settings_advises_to_train_its_model_further(tmp_path):
-    run, advice = Run(tmp_path, recipe_of("model"), "fine-tuning"), f"set model={tmp_path / 'model'}."
+    run, advice = Run(tmp_path, recipe_of("small"), "fine-tuning"), f"set model={tmp_path / 'model'}."
     run.begin()
     write_training_checkpoint(tmp_path / "checkpoints" / "checkpoint-2", 2)
     for finished in (False, True):
@@ -242,7 +249,7 @@ def test_only_a_finished_run_of_other_settings_advises_to_train_its_model_furthe
             (tmp_path / "model").mkdir()
             run.end(FINISHED)
         with raises("training.run.other_settings", "values of seed; choose another folder") as caught:
-            Run(tmp_path, recipe_of("model", seed=5), "fine-tuning")
+            Run(tmp_path, recipe_of("small", seed=5), "fine-tuning")
         assert str(caught.value).endswith(advice) == finished
 
 

@@ -37,10 +37,10 @@ from modular_star_encoder.evaluation.report import Row, Table, plot_quality, ver
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import Estimate, held_out_tasks
-from modular_star_encoder.inference.checkpoints import checkpoint_checksum
+from modular_star_encoder.inference.encoders import load_encoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training import runs, starting_source
-from modular_star_encoder.training.distilling import load_teacher, teach
+from modular_star_encoder.training import runs
+from modular_star_encoder.training.distilling import load_teacher, teach, teaching_checksums, unpaired_texts
 from modular_star_encoder.training.finetuning import exit_encoder
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
 from modular_star_encoder.training.starting_points import StartingPoint, add_adapters
@@ -367,6 +367,7 @@ class _Cells:
         base = recipe.base()
         self.out, self.progress, self.announce = out, progress, announce
         self._texts: dict[str, RetrievalTexts] = {}
+        self._checksums: dict[Any, dict[str, str | None]] = {}
         self.trained = 0
         models: dict[str, list[int]] = {}  # {name of a model: its exits}
         for start in recipe.starts:
@@ -405,12 +406,19 @@ class _Cells:
         check_objective(objective, arguments, start.config, start.config.exit_layers)
         return start, arguments, objective
 
+    def _start_checksums(self, recipe: FinetuningRecipe) -> dict[str, str | None]:
+        teaching = recipe.distillation
+        named = recipe.model, recipe.tokenizer, teaching and (teaching.teacher, teaching.texts)
+        if named not in self._checksums:
+            teacher = None if teaching is None else load_encoder(teaching.teacher)
+            taught = teaching_checksums(teacher, unpaired_texts(teaching))
+            self._checksums[named] = {**runs.start_checksums(recipe), **taught}
+        return self._checksums[named]
+
     def add(self, cell: AblationCell) -> bool:
         """Add the result of run `cell` to `results`, from its file or by training; return whether it was trained."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
-        source, weights = starting_source(recipe.model)
-        made_from = without_places(recipe.to_dict())
-        made_from["checksum"] = checkpoint_checksum(source) if weights else None
+        made_from = {**without_places(recipe.to_dict()), **self._start_checksums(recipe)}
         known = path.is_file()
         if known:
             content = read_json(path, _Content)
@@ -454,7 +462,8 @@ class _Cells:
         rows: Any = RetrievalBatches(texts, plan, recipe.max_steps, identifier_rename_prob=renamed)
         if settings := recipe.distillation:
             teacher = load_teacher(settings, model.config.projection_size)
-            rows, _, _ = teach(settings, teacher, model, tokenizer, rows, rows, max(lengths.values()), False)
+            unpaired, longest = unpaired_texts(settings), max(lengths.values())
+            rows, _, _ = teach(settings, teacher, model, tokenizer, rows, rows, unpaired, longest, False)
         collator = RetrievalCollator(tokenizer)
         adapted = add_adapters(model, recipe.lora)
         trainer = MultiExitTrainer(adapted, arguments, objective, train_dataset=rows, data_collator=collator)

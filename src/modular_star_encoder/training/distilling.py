@@ -69,6 +69,17 @@ def load_teacher(settings: TeacherSettings, projection_size: int) -> Encoder:
     return teacher
 
 
+def unpaired_texts(settings: TeacherSettings | None) -> list[str]:
+    """Return the texts in the file that `texts` of the settings names; none without such a file."""
+    return list(open_texts(settings.texts, "text")) if settings and settings.texts else []
+
+
+def teaching_checksums(teacher: Encoder | None, unpaired: Sequence[str]) -> dict[str, str | None]:
+    """Return the checksums of a teacher and of unpaired texts, as a run's `start.json` has them."""
+    texts = hashlib.sha256(repr(unpaired).encode()).hexdigest() if unpaired else None
+    return {"teacher_checksum": None if teacher is None else teacher.checksum, "texts_checksum": texts}
+
+
 def teach(
     settings: TeacherSettings,
     teacher: Encoder,
@@ -76,6 +87,7 @@ def teach(
     tokenizer: PreTrainedTokenizerFast,
     train: RetrievalBatches,
     held_out: RetrievalBatches,
+    unpaired: Sequence[str],
     max_tokens: int,  # of an unpaired text
     progress: bool = True,
 ) -> tuple[TaughtBatches, TaughtBatches, dict[str, Any]]:
@@ -85,7 +97,6 @@ def teach(
     all training snippets ("document"), as lists of numbers; otherwise, the dict is empty.
     """
     options: dict[str, Any] = {"max_characters": settings.max_characters, "progress": progress}
-    unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []
     learned, others = (_texts_by_kind(batches.rows.texts) for batches in (train, held_out))
     others["document"] += unpaired
     vectors = {}

@@ -32,7 +32,7 @@ from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.exit_losses import ClassificationObjective
 from modular_star_encoder.training import find_recipe, runs
-from modular_star_encoder.training.distilling import load_teacher, teach
+from modular_star_encoder.training.distilling import load_teacher, teach, teaching_checksums, unpaired_texts
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe
 from modular_star_encoder.training.starting_points import StartingPoint, add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
@@ -86,6 +86,8 @@ def finetune(
     if run.log is not None:
         return run.log
     teacher = None if teaching is None else load_teacher(teaching, start.config.projection_size)
+    unpaired = unpaired_texts(teaching)
+    run.check_start(teaching_checksums(teacher, unpaired))
     model, tokenizer = start.load()
     trained = add_adapters(model, recipe.lora)
     with state.main_process_first():
@@ -108,7 +110,7 @@ def finetune(
     batches: tuple[Any, Any, dict[str, Any]] = (train, held_out, {})
     if teaching and teacher:
         with state.main_process_first():
-            batches = teach(teaching, teacher, model, tokenizer, train, held_out, longest, shown)
+            batches = teach(teaching, teacher, model, tokenizer, train, held_out, unpaired, longest, shown)
     datasets: dict[str, Any] = {"train_dataset": batches[0], "eval_dataset": batches[1]}
     trainer = MultiExitTrainer(trained, arguments, objective, data_collator=RetrievalCollator(tokenizer), **datasets)
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
@@ -166,7 +168,7 @@ def finetune_classifier(
         for part in (repr(chosen.codes).encode(), chosen.pairs.tobytes(), chosen.labels.tobytes()):
             digest.update(part)
         splits[split] = ClassificationRows(chosen, tokenizer, max_tokens=recipe.max_tokens, progress=shown)
-    run.check_start("rows", digest.hexdigest(), "on other rows of `data`")
+    run.check_start({"data_checksum": digest.hexdigest()})
     if state.is_main_process:
         run.begin()
     collator, model = ClassificationCollator(tokenizer), add_adapters(model, recipe.lora)

@@ -23,6 +23,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modular_star_encoder.data.splits import CODE_TO_CODE, TEXT_TO_CODE
+from modular_star_encoder.data.tokenizer import ContentEncoder, load_tokenizer
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
@@ -30,7 +31,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderPreTrainedModel,
 )
 from modular_star_encoder.training import starting_source
-from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe, StartingRecipe, TrainingSettings
+from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe, TrainingRecipe, TrainingSettings
 from modular_star_encoder.training.trainer import AVERAGE, STATES, checkpoints, missing_files
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import fits, folder_lock, read_record, write_json, write_text
@@ -176,6 +177,12 @@ def check_same(
         raise UserError("training.run.other_settings", message)
 
 
+def start_checksums(recipe: TrainingRecipe) -> dict[str, str | None]:
+    """Return checksums of the `model` and of the `tokenizer` of a recipe, as a run's `start.json` has them."""
+    own = recipe.tokenizer and ContentEncoder(load_tokenizer(recipe.tokenizer)).checksum
+    return {"model_checksum": checkpoint_checksum(starting_source(recipe.model)[0]), "tokenizer_checksum": own}
+
+
 def hold(out: Path) -> contextlib.ExitStack:
     """Lock the run's folder `out` in the main process; closing or deleting the returned `ExitStack` unlocks `out`."""
     held = contextlib.ExitStack()
@@ -189,11 +196,11 @@ class Run:
 
     `log` is the training log of a finished run, and None before. A run with a model or checkpoint can be continued only
     with the same settings (except `MAY_CHANGE`); before the first checkpoint, only the settings in `until_trained` must
-    be the same. `start.json` holds checksums: of a classifier's rows and, with `lora`, of the starting model, because
-    checkpoints have only the adapters. A run with a checkpoint can be continued only with the same checksums.
+    be the same. `start.json` holds checksums of what the settings name, such as the starting model. A run with a
+    checkpoint can be continued only with the same checksums.
     """
 
-    def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
+    def __init__(self, out: Path, recipe: TrainingRecipe, kind: str, *, until_trained: Iterable[str] = ()) -> None:
         check_folder(out, "recipe.json", f"run of {kind}")
         self._out, self._written, self.settings = out, out / "recipe.json", _plain(recipe)
         has_log = (out / LOG).is_file()
@@ -209,28 +216,23 @@ class Run:
             advice = f". To train the finished model further, set model={out / MODEL}" if self.log is not None else ""
             check_same(out, before, self.settings, names - MAY_CHANGE, advice)
         self._start: dict[str, str | None] = {}
-        if self.log is None and isinstance(recipe, StartingRecipe) and recipe.lora is not None:
-            source, has_weights = starting_source(recipe.model)
-            checksum = checkpoint_checksum(source) if has_weights else None
-            self.check_start("weights", checksum, f"from other weights of {recipe.model}")
+        if self.log is None:
+            self.check_start(start_checksums(recipe))
         self._held = hold(out) if self._written.is_file() and self.log is None else None
 
-    def check_start(self, name: str, checksum: str | None, other: str) -> None:
-        """Keep a checksum for `begin` to write; UserError if a run with a checkpoint has stored another checksum.
-
-        The message (`training.run.other_settings`) contains `other`, which says from what the run was trained.
-        """
-        self._start[name], file = checksum, self._out / "start.json"
-        before = read_record(file, "training.run.damaged") if self._trained and file.is_file() else {}
-        if before.get(name, checksum) != checksum:
-            raise UserError("training.run.other_settings", f"{self._out} was trained {other}; choose another folder.")
+    def check_start(self, checksums: Mapping[str, str | None]) -> None:
+        """Keep checksums for `begin` to write; UserError (as in `check_same`) if a run with a checkpoint has others."""
+        self._start, file = {**self._start, **checksums}, self._out / "start.json"
+        if self._trained and file.is_file():
+            before = {**checksums, **read_record(file, "training.run.damaged")}
+            advice = ", or restore the files that this run was trained with"
+            check_same(self._out, before, checksums, checksums, advice)
 
     def begin(self) -> None:
         """Create the run's folder and write `recipe.json` and `start.json`; call this when all checks have passed."""
         self._held = self._held or hold(self._out)
         write_json(self._written, self.settings)
-        if self._start:
-            write_json(self._out / "start.json", self._start)
+        write_json(self._out / "start.json", self._start)
 
     def end(self, log: Mapping[str, Any]) -> None:
         """Write `log` to the file `LOG`, with null in place of infinities and NaN, which JSON does not have."""
