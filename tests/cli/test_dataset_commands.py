@@ -57,6 +57,18 @@ def test_stats_prints_the_table_and_writes_the_same_figures(mose, built, tmp_pat
     assert (figures["rows"] >= 4, set(figures["original"])) == (True, {"python"})
 
 
+@pytest.mark.parametrize(
+    "words", ["stats FILE", "corpus check OTHER FILE --against OTHER", "corpus check OTHER --against FILE"]
+)
+def test_json_never_replaces_a_file_that_is_read(mose, tmp_path, words):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"code": "x = 1"}\n')
+    words = words.replace("FILE", str(tmp_path / "a.jsonl")).replace("OTHER", str(tmp_path / "b.jsonl"))
+    status, _, err = mose("dataset", *words.split(), "--json", f"{tmp_path}/../{tmp_path.name}/a.jsonl")
+    assert (status, "Name another file after --json" in err) == (2, True)
+    assert (tmp_path / "a.jsonl").read_text() == '{"code": "x = 1"}\n'
+
+
 def test_stats_says_what_it_left_out(mose, tmp_path):
     row = {"func_documentation_string": "Adds.", "func1_CSN": "x", "language1_CSN": "go", "repository_name": "r"}
     rows = [row | {"func2": "y", "language2": "c"}, row | {"func2": "", "language2": "c"}]

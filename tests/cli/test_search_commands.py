@@ -34,7 +34,7 @@ def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, 
         assert mose("index", code, *out, *made)[0] == 0
         write_code(code, {"stack.py": f"OUT_FOLDER = {str(out)!r}\n", "other.js": "function other() {\n}\n"})
         status, out_text, _ = mose("index", f"{code}/src/..", *out)
-        assert (status, "at exit 1, 4; embedded 1 files (1 rows), removed 0" in out_text) == (0, True)
+        assert (status, "at exit 1, 4; embedded 1 files (1 pieces), removed 0" in out_text) == (0, True)
     status, _, err = mose("index", code / "src", "--out", tmp_path / "index")
     assert (status, f"the folder {code}, not {code / 'src'}" in err) == (2, True)
     status, _, err = mose("index", code, "--model", checkpoint)

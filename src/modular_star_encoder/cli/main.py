@@ -18,6 +18,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, distribution
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +29,7 @@ from modular_star_encoder.cli.publish import add_publish_commands
 from modular_star_encoder.cli.search import add_search_commands
 from modular_star_encoder.cli.train import add_train_commands
 from modular_star_encoder.inference import shipped_model
-from modular_star_encoder.utils.errors import is_panic, missing_extra
+from modular_star_encoder.utils.errors import UserError, is_panic, missing_extra
 from modular_star_encoder.utils.files import cache_folder, check_writable, read_json
 from modular_star_encoder.utils.reports import library_versions, machine_kind, printable
 
@@ -139,9 +140,16 @@ def check_current_folder() -> None:
 
 
 def check_folders(arguments: argparse.Namespace) -> None:
-    """Raise UserError (`files.not_writable`) if a command can't write the folder or JSON file in its arguments."""
+    """Raise UserError (`files.not_writable`) if a command can't write the folder or JSON file in its arguments.
+
+    Also (`cli.json`) if the JSON file is a file to read.
+    """
     if isinstance(file := getattr(arguments, "json", None), str):  # `search` and `index` have a switch of this name
         check_writable(file)
+        lists = (one if isinstance(one, list) else [one] for name, one in vars(arguments).items() if name != "json")
+        inputs = [one for one in chain.from_iterable(lists) if isinstance(one, str) and os.path.isfile(one)]
+        if os.path.isfile(file) and any(os.path.samefile(file, one) for one in inputs):
+            raise UserError("cli.json", f"{file} is a file that the command reads. Name another file after --json.")
     for folder in (getattr(arguments, "out", None), getattr(arguments, "drop", None)):
         # `profile` writes a file, and an index may be on a server.
         if folder and getattr(arguments.run, "__name__", "") != "run_profile" and not folder.startswith("qdrant:"):
