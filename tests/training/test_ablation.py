@@ -10,6 +10,7 @@ from modular_star_encoder.training import ablation as ablation_module
 from modular_star_encoder.training.ablation import AblationRecipe, Results, ablate, estimate, plot_ablation, to_markdown
 from modular_star_encoder.training.recipes import hub_config_folder, load_recipe
 from tests.errors import raises
+from tests.tiny import change_json
 from tests.training import retrieval_runs
 from tests.training.retrieval_runs import write_recipe
 
@@ -67,6 +68,10 @@ def test_real_cells_are_trained_kept_and_continued(recipe_file, tmp_path, monkey
     assert again["starts"]["start"]["exits"] == results["starts"]["start"]["exits"]
     with raises("training.run.other_settings", "other values of batch_size;"):
         run(recipe_file, out, "finetuning.batch_size=6")
+    other = shutil.copytree(recipe_file.parent / "checkpoint", tmp_path / "checkpoint")
+    change_json(other, residual_dropout=0.2)
+    with raises("training.run.other_settings", "values of checksum"):
+        run(recipe_file, out, f"finetuning.model={other}")
 
 
 @pytest.mark.slow

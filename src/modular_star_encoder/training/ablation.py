@@ -412,7 +412,9 @@ class _Cells:
         if named not in self._checksums:
             teacher = None if teaching is None else load_encoder(teaching.teacher)
             taught = teaching_checksums(teacher, unpaired_texts(teaching))
-            self._checksums[named] = {**runs.start_checksums(recipe), **taught}
+            own = runs.start_checksums(recipe)
+            # Files of older versions have the model's checksum under this name.
+            self._checksums[named] = {"checksum": own.pop("model_checksum"), **own, **taught}
         return self._checksums[named]
 
     def add(self, cell: AblationCell) -> bool:

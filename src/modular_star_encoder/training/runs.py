@@ -180,7 +180,8 @@ def check_same(
 def start_checksums(recipe: TrainingRecipe) -> dict[str, str | None]:
     """Return checksums of the `model` and of the `tokenizer` of a recipe, as a run's `start.json` has them."""
     own = recipe.tokenizer and ContentEncoder(load_tokenizer(recipe.tokenizer)).checksum
-    return {"model_checksum": checkpoint_checksum(starting_source(recipe.model)[0]), "tokenizer_checksum": own}
+    source, has_weights = starting_source(recipe.model)
+    return {"model_checksum": checkpoint_checksum(source) if has_weights else None, "tokenizer_checksum": own}
 
 
 def hold(out: Path) -> contextlib.ExitStack:
