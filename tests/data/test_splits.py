@@ -88,7 +88,7 @@ def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_p
     # Few held-out rows are said, with what holds out more.
     for number, (triplets, share, said) in enumerate([(500, 0.1, True), (60, 0.2, False), (700, 0.1, False)]):
         prepare(write_rows(tmp_path, triplets), tmp_path / f"{number}", eval_fraction=share, progress=True)
-        assert ("eval_fraction=0.2 holds out more" in capsys.readouterr().out) is said
+        assert ("eval_fraction=0.2 and another --out hold out more" in capsys.readouterr().out) is said
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,10 @@ def add_dataset_commands(commands: Any) -> None:
     add("--processes", metavar="N", type=at_least(0), default=2, help=processes)
 
     about = "list texts of a corpus that equal or resemble texts in evaluation sets"
-    add = add_command(commands, "check", run_corpus_check, about).add_argument
+    check = add_command(commands, "check", run_corpus_check, about)
+    # argparse would show --against first, where it would take each FILE for ROWS.
+    check.usage = "%(prog)s [-h] FILE [FILE ...] --against ROWS [ROWS ...] [--drop FOLDER] [--json FILE]"
+    add = check.add_argument
     written = "file that `mose dataset corpus build` wrote, such as pairs.jsonl.gz"
     add("files", metavar="FILE", type=existing, nargs="+", help=written)
     against = "evaluation sets: JSON Lines or JSON files, or folders of such files"

@@ -24,9 +24,11 @@ def add_publish_commands(commands: Any) -> None:
     add("out", metavar="OUT", help="folder to write; it must be empty or not exist")
 
     about = "add untrained layers to a checkpoint that has only exit 0"
-    add = add_command(commands, "grow", run_grow, about).add_argument
+    grow = add_command(commands, "grow", run_grow, about)
+    # argparse would show the option first, where it would take CHECKPOINT and OUT for exits.
+    grow.usage, add = "%(prog)s [-h] CHECKPOINT OUT --exit-layers K [K ...]", grow.add_argument
     add("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a checkpoint that has only exit 0")
-    exits = "exits of the new checkpoint, such as 0 1 2 4 6"
+    exits = "exits of the new checkpoint, such as 0 1 2 4 6; write this option last"
     add("--exit-layers", metavar="K", type=at_least(0), nargs="+", required=True, help=exits)
     add("out", metavar="OUT", help="folder to write; it must be empty or not exist")
 
@@ -134,7 +136,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         raise UserError("cli.export.options", fault)
     # onnxruntime reads this when it is imported. It would report its use to Microsoft, and leave `.ses` in TMPDIR.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    from modular_star_encoder.hub.onnx_export import EXPORT_REPORT, default_folder, export_onnx_folder
+    from modular_star_encoder.hub.onnx_export import EXPORT_REPORT, QUANTIZED_FILE, default_folder, export_onnx_folder
     from modular_star_encoder.inference.exit_zero import export_static
 
     if format == "onnx":
@@ -144,7 +146,8 @@ def run_export(arguments: argparse.Namespace) -> None:
             print(written.report.to_markdown())
         folder, facts = written.folder, read_json(written.folder / EXPORT_REPORT)
         kind, exit_layer, sizes = "ONNX", facts["exit_layer"], facts["bytes"]
-        load = f'SentenceTransformer("{folder}", backend="onnx") in an environment with optimum-onnx, see the FAQ'
+        load = f'SentenceTransformer("{folder}", backend="onnx") in an environment with optimum-onnx (see the FAQ)'
+        load += f', for int8 with model_kwargs={{"file_name": "{QUANTIZED_FILE}"}}' * arguments.int8
     else:
         is_model2vec, out = format == "model2vec", arguments.out or default_folder(checkpoint, 0, format)
         folder = export_static(checkpoint, out, format="model2vec" if is_model2vec else "sentence-transformers")

@@ -109,7 +109,7 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
     entropy = log["unigram_entropy"]
     if (best := min(losses, default=entropy)) > 0.9 * entropy:
         better = "much better" if best < entropy else "better"
-        print(f"No exit is {better} than `guess`: train on more repositories, or for more steps in another --out.")
+        print(f"No exit's MLM loss is {better} than the guess: train on more repositories, or longer in another --out.")
     model = os.path.join(arguments.out, "model")
     print(f"The model is in {model}, and the table above in report.md. To fine-tune the model for search,")
     print("run one of these (1,000 steps, hours on a CPU; add max_steps=100 warmup_steps=10 for a trial):")

@@ -138,7 +138,7 @@ def _print_counts(report: Mapping[str, Any]) -> None:
                 print(f"    {example}")
     parts = [f"{report['train']:,} rows to train on", f"{report['held_out']:,} held out"]
     if report["held_out"] < FEW_HELD_OUT and report["settings"]["eval_fraction"] < MAX_TEST_SHARE:
-        parts[1] += f" (too few for exact scores: eval_fraction={MAX_TEST_SHARE} holds out more)"
+        parts[1] += f" (too few for exact scores: eval_fraction={MAX_TEST_SHARE} and another --out hold out more)"
     left_out = {
         "share a text or a repository with a held-out row": report["shared_with_held_out"],
         f"beyond max_train_samples={report['settings']['max_train_samples']}": report.get("not_drawn", 0),
