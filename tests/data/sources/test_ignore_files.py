@@ -29,12 +29,20 @@ def git(folder, *words):
     return subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout
 
 
-def make(folder, files):
+def make(folder, files, *options):
     """Write a repository of these Python files."""
     folder.mkdir()
-    git(folder, "init", "-q")
+    git(folder, "init", "-q", *options)
     write_files(folder, dict.fromkeys(files, "x = 1\n"))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_ignore_file(tmp_path, monkeypatch):
+    """The ignore file of the user, which is empty."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    write_files(tmp_path, {"config/git/ignore": ""})
+    return tmp_path / "config" / "git" / "ignore"
 
 
 @pytest.fixture
@@ -96,9 +104,17 @@ def test_every_rule_is_read_as_git_reads_it(tmp_path, rule):
     assert read(folder) == listed(folder)
 
 
-def test_tracked_files_are_read_even_where_a_pattern_matches(tmp_path):
+def test_the_ignore_file_of_the_user_counts_least(repository, own_ignore_file):
+    before = read(repository)
+    own_ignore_file.write_text("plain.py\nkeep.gen.py\n")
+    assert read(repository) == [path for path in before if path != "src/plain.py"]
+    assert "keep.gen.py" in before
+
+
+@pytest.mark.parametrize("hashes", ["sha1", "sha256"])
+def test_tracked_files_are_read_even_where_a_pattern_matches(tmp_path, hashes):
     files = ["build/kept.py", "build/deep/kept.py", "build/new.py", "gen.py", "a.py", "long" * 30 + ".py"]
-    folder = make(tmp_path / "repository", files)
+    folder = make(tmp_path / "repository", files, f"--object-format={hashes}")
     git(folder, "add", "-f", "build/kept.py", "build/deep/kept.py", "gen.py", files[-1])
     (folder / ".gitignore").write_text("build/\ngen.py\nlong*\n")
     for version in ("2", "3", "4"):

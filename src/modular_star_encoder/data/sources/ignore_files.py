@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import user_path
 
 _IGNORE_FILES = (".gitignore", ".moseignore")
 MOST_LINES = 10_000  # of an ignore file; a set such as `[a-z]` counts as a line
@@ -89,7 +90,8 @@ class _Folder:
         rules, repository, inherited = self.rules, self.repository, self.inherited
         if os.path.lexists(os.path.join(path, ".git")):
             repository, inherited = _Repository(Path(path)), None
-            rules = tuple(_rules(repository.exclude, path))
+            own = user_path(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "git", "ignore")  # the user's
+            rules = (*_rules(os.fspath(own), path), *_rules(repository.exclude, path))
         for name in _IGNORE_FILES:
             file = os.path.join(path, name)
             rules += () if os.path.islink(file) else tuple(_rules(file, path))
@@ -105,13 +107,15 @@ class _Repository:
             self._git = top / link.removeprefix("gitdir:").strip()
             common = self._git / os.fsdecode(_content(self._git / "commondir")).strip()
         self.exclude = os.fspath(common / "info" / "exclude")
+        self._config = common / "config"
 
     @cached_property
     def tracked(self) -> set[bytes]:
         """The paths of the files that git tracks, and of the folders with such files; empty if the index is damaged."""
         found, top, left = set(), os.fsencode(self._top), MAX_INDEX_BYTES
+        has_sha256 = re.search(rb"(?im)^[ \t]*+objectformat[ \t]*+=[ \t\"]*+sha256", _content(self._config))
         with suppress(ValueError, IndexError, struct.error):
-            for name in _index_names(_content(self._git / "index", MAX_INDEX_BYTES)):
+            for name in _index_names(_content(self._git / "index", MAX_INDEX_BYTES), 32 if has_sha256 else 20):
                 if len(name) > _LONGEST_PATH:  # version 4 can double its length with every entry
                     return set()
                 while name and (path := os.path.join(top, name)) not in found:
@@ -123,19 +127,19 @@ class _Repository:
         return set()
 
 
-_ENTRY_BYTES, _FLAGS = 62, struct.Struct(">H")
+_FLAGS = struct.Struct(">H")
 _HAS_MORE_FLAGS = 0x4000
 
 
-def _index_names(content: bytes) -> Iterator[bytes]:
-    """Yield the paths in the content of a git index file of version 2, 3 or 4 with SHA-1 (gitformat-index)."""
+def _index_names(content: bytes, hash_bytes: int) -> Iterator[bytes]:
+    """Yield the paths in the content of a git index file of version 2, 3 or 4 (gitformat-index)."""
     magic, version, count = struct.unpack_from(">4sII", content)
     if magic != b"DIRC" or version not in (2, 3, 4):
         return
-    at, name = 12, b""
+    at, name, entry_bytes = 12, b"", 42 + hash_bytes
     for _ in range(count):
-        (flags,) = _FLAGS.unpack_from(content, at + _ENTRY_BYTES - 2)
-        start = at + _ENTRY_BYTES + (2 if flags & _HAS_MORE_FLAGS else 0)
+        (flags,) = _FLAGS.unpack_from(content, at + entry_bytes - 2)
+        start = at + entry_bytes + (2 if flags & _HAS_MORE_FLAGS else 0)
         kept = 0
         if version == 4:  # a number of variable length: how many bytes to cut off the previous name
             cut, start = content[start] & 127, start + 1
