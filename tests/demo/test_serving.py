@@ -134,6 +134,17 @@ def test_a_large_body_is_refused_however_it_is_sent(address, chunked):
         assert answer.status_code in ((400, 413) if path in ("upload", "component_server") else (413,)), path
 
 
+def test_requests_that_write_files_are_refused(address):
+    asked(address, ["add", [], "", 0, 0, 1], "writes")
+    url = f"{address}gradio_api"
+    for answer in (
+        httpx.get(f"{url}/deep_link", params={"session_hash": "writes"}),
+        httpx.post(f"{url}/upload", files={"files": ("a.txt", b"text")}),
+        httpx.post(f"{url}/upload/", files={"files": ("a.txt", b"text")}, follow_redirects=True),
+    ):
+        assert answer.status_code == 400
+
+
 def test_a_request_that_the_page_never_sends_prints_no_traceback(address, capfd):
     good = ["add", [], "", 0, 0, 1]
     for place in range(len(good)):

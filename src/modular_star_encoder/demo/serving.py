@@ -167,6 +167,8 @@ class _PolicyMiddleware:
 class _QuestionMiddleware:
     """Answers requests that Gradio can't handle (not JSON, lone surrogates, no valid session) with HTTP status 400.
 
+    Requests that make Gradio write files (`/deep_link`, `/upload`) get this status too.
+
     Only the newest `MOST_UNREAD` messages that clients have not read are kept; Gradio would keep all of them.
     """
 
@@ -181,6 +183,8 @@ class _QuestionMiddleware:
         async def receive_again() -> _Scope:
             return messages.pop(0) if messages else await receive()
 
+        if scope.get("path", "").rstrip("/").endswith(("/deep_link", "/upload")):  # Gradio would write files for ever
+            return await PlainTextResponse(BAD_REQUEST, 400)(scope, receive, send)
         if scope.get("method") == "POST" and ("/queue/join" in scope["path"] or "/call/" in scope["path"]):
             messages = [await receive()]
             while messages[-1].get("more_body"):
