@@ -23,7 +23,7 @@ def indexed(code, checkpoint, mose):
     with open(code / "huge.py", "wb") as file:
         file.truncate(100_000_000)
     status, out, err = mose("index", code, "--model", checkpoint, "--exit-layers", "1,4")
-    assert (status, "5 pieces of 4 files at exit 1, 4; embedded 4 files (5 rows)" in out) == (0, True)
+    assert (status, "5 pieces of 4 files at exit 1, 4; embedded 4 files (5 pieces)" in out) == (0, True)
     assert "mose: note: 1 file left out: 1 too large; --show-skipped lists the files" in err
     return code
 
