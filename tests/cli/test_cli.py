@@ -386,6 +386,11 @@ def test_a_signal_leaves_no_traceback_and_further_ones_stop_no_clean_up(script, 
     assert (process.returncode, process.stderr) == (-number if status is None else status, errors)
 
 
+def test_a_recipe_is_shown_without_control_characters(mose, tmp_path):
+    (tmp_path / "a.yaml").write_text("a: \x1b]0;title\x07\nb: 1\n")
+    assert mose("recipes", "show", tmp_path / "a.yaml")[:2] == (0, "a: �]0;title�\nb: 1\n")
+
+
 def test_a_deleted_current_folder_is_reported(mose, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

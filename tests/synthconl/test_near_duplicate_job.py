@@ -171,6 +171,12 @@ def test_files_in_hidden_folders_are_no_rows(tmp_path):
     assert [path.parent.name for path in (tmp_path / "out").rglob("*.parquet")] == ["a"]
 
 
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    one_row(tmp_path / "a.parquet")
+    with raises("synthconl.shards.missing", "a.parquet is a file"):
+        drop(tmp_path / "a.parquet", tmp_path / "out", columns=["code"], id_column=None)
+
+
 def two_of_one_name(path):
     pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, names=["code", "code"]), path)
 

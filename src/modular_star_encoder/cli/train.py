@@ -13,7 +13,7 @@ from modular_star_encoder.cli import add_command, add_recipe_options, note
 from modular_star_encoder.training import find_recipe, packaged_recipes, starting_source
 from modular_star_encoder.utils.errors import UserError, missing_extra
 from modular_star_encoder.utils.files import check_writable, write_text
-from modular_star_encoder.utils.reports import markdown_table, percent
+from modular_star_encoder.utils.reports import markdown_table, percent, printable
 
 
 def add_train_commands(commands: Any) -> None:
@@ -72,7 +72,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
         note(f"this is the recipe {shown}; other recipes: {', '.join(others)}")
     text = path.read_text(encoding="utf-8")
     if arguments.file is None:
-        print(text, end="")
+        print(*map(printable, text.split("\n")), sep="\n", end="")  # it may be a stranger's
         return
     check_writable(arguments.file)
     if os.path.exists(arguments.file):

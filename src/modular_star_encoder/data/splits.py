@@ -397,7 +397,7 @@ def evaluation_plan(
     """Return (`BatchPlan`, number of batches for up to `pairs` different pairs); UserError if rows are too few."""
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):
-        message = f"Too few rows are held out ({len(groups.of_rows)}) for the number of processes ({processes})"
+        message = f"Too few rows are held out ({len(groups.of_rows)}); evaluation needs {step} that fit in one batch"
         raise UserError("training.held_out.too_few", f"{message}: add rows, or raise `eval_fraction` (at most 0.2).")
     size, there = min(batch_size, largest), min(groups.counts.values()) * len(groups.counts)
     return BatchPlan(groups, size, seed), max(1, min(pairs, there) // size)

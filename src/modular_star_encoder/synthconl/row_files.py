@@ -99,7 +99,8 @@ def find_shards(folder: Path) -> tuple[Shard, ...]:
     found = [(path, path.relative_to(folder)) for path in files_below(folder, "*.parquet")]
     paths = [path for path, name in found if not any(part.startswith(".") for part in name.parts[:-1])]
     if not paths:
-        raise UserError("synthconl.shards.missing", f"{folder} contains no *.parquet file: name another folder.")
+        fault = "is a file" if folder.is_file() else "contains no *.parquet file"
+        raise UserError("synthconl.shards.missing", f"{folder} {fault}: name another folder.")
     return tuple(Shard(path, path.relative_to(folder).as_posix(), open_shard(path).metadata.num_rows) for path in paths)
 
 
