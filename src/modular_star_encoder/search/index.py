@@ -351,10 +351,11 @@ class CodeIndex:
         if file is not None and file_id(path) in held and is_source_file(self.folder, file, self.settings.languages):
             # A link or a pipe may have replaced the file after the check.
             content = beginning(file, SEARCH_FILTERS.max_bytes + 1, links=False)
-            text, reason = SEARCH_FILTERS.decode(content or b"")
-            if content is not None and not reason:
+            unreadable = "", "not a regular file that can be read"
+            text, reason = unreadable if content is None else SEARCH_FILTERS.decode(content)
+            if not reason:
                 return text
-            key, fault = "left_out", f"can't be shown: {reason or 'not a regular file that can be read'}"
+            key, fault = "left_out", f"can't be shown: {reason}"
         raise UserError(f"search.file.{key}", f"{path!r} {fault}.")
 
     def _ranker(self, exit_layer: int | None, cascade: Cascade | None) -> Ranker:
