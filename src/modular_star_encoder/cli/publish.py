@@ -113,8 +113,10 @@ def run_publish(arguments: argparse.Namespace) -> None:
         from modular_star_encoder.utils.http import LOG_IN, check_hub
 
         check_hub()
-        if not get_token():
-            raise UserError("cli.publish.token", LOG_IN)
+        token = get_token() or ""
+        if not (token and token.isascii() and token.isprintable()):
+            fault = "The Hub's token has characters other than printable ASCII. " if token else ""
+            raise UserError("cli.publish.token", fault + LOG_IN)
     else:
         _warn_without_license(manifest)
     from modular_star_encoder.hub.publishing import publish
