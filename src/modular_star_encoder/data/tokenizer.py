@@ -189,9 +189,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> Non
     """Raise UserError if a tokenizer lacks a special token for one of `roles`, by default `sep`, `cls` and `mask`."""
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
     if missing := [name for name in names if getattr(tokenizer, f"{name}_id") is None]:
-        raise UserError(
-            "data.tokenizer.token_missing", f"The tokenizer has no {', no '.join(missing)}: add these."
-        )
+        raise UserError("data.tokenizer.token_missing", f"The tokenizer has no {', no '.join(missing)}: add these.")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
