@@ -282,13 +282,12 @@ def run_related(arguments: argparse.Namespace) -> None:
 
 
 def run_mcp(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.cli.main import interrupt
     from modular_star_encoder.search.index import open_for_search
     from modular_star_encoder.search.mcp_server import serve
 
     index, _ = open_for_search(arguments.folder, progress=False)
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is interrupt:  # Python would wait at exit for the thread that reads stdin
+        if callable(signal.getsignal(number)):  # not ignored; Python would wait at exit for the thread that reads stdin
             signal.signal(number, _end)
     serve(index)
 
