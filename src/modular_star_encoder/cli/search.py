@@ -286,10 +286,15 @@ def run_mcp(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.mcp_server import serve
 
     index, _ = open_for_search(arguments.folder, progress=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if callable(signal.getsignal(number)):  # not ignored; Python would wait at exit for the thread that reads stdin
-            signal.signal(number, _end)
-    serve(index)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in before.items():
+            if callable(handler):  # not ignored; Python would wait at exit for the thread that reads stdin
+                signal.signal(number, _end)
+        serve(index)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, frame: object) -> None:
