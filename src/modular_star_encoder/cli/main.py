@@ -147,7 +147,8 @@ def check_folders(arguments: argparse.Namespace) -> None:
     if isinstance(file := getattr(arguments, "json", None), str):  # `search` and `index` have a switch of this name
         check_writable(file)
         lists = (one if isinstance(one, list) else [one] for name, one in vars(arguments).items() if name != "json")
-        inputs = [one for one in chain.from_iterable(lists) if isinstance(one, str) and os.path.isfile(one)]
+        words = (os.path.expanduser(one) for one in chain.from_iterable(lists) if isinstance(one, str))
+        inputs = [one for one in words if os.path.isfile(one)]
         if os.path.isfile(file) and any(os.path.samefile(file, one) for one in inputs):
             raise UserError("cli.json", f"{file} is a file that the command reads. Name another file after --json.")
     for folder in (getattr(arguments, "out", None), getattr(arguments, "drop", None)):

@@ -136,8 +136,6 @@ def run_export(arguments: argparse.Namespace) -> None:
         fault = "--int8, --benchmark and --allow-subset need --data FOLDER, with source code or a benchmark's files."
     if fault:
         raise UserError("cli.export.options", fault)
-    # onnxruntime reads this when it is imported. It would report its use to Microsoft, and leave `.ses` in TMPDIR.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from modular_star_encoder.hub.onnx_export import EXPORT_REPORT, QUANTIZED_FILE, default_folder, export_onnx_folder
     from modular_star_encoder.inference.exit_zero import export_static
 

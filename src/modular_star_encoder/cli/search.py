@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -286,11 +287,12 @@ def run_mcp(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.mcp_server import serve
 
     index, _ = open_for_search(arguments.folder, progress=False)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {one: handler for one in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(one))}
     try:
-        for number, handler in before.items():
-            if callable(handler):  # not ignored; Python would wait at exit for the thread that reads stdin
-                signal.signal(number, _end)
+        for number in before:  # Python would wait at exit for the thread that reads stdin
+            signal.signal(number, _end)
         serve(index)
     finally:
         for number, handler in before.items():

@@ -162,8 +162,14 @@ def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
         onnx_ir.save(onnx_ir.external_data.load_to_model(graph), path)
 
 
+def _disable_telemetry() -> None:
+    """Call this before onnxruntime is imported: it would report its use to Microsoft, and leave `.ses` in TMPDIR."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
 def open_session(path: str | os.PathLike[str]) -> Any:
     """Open an ONNX file as an `onnxruntime.InferenceSession` on the CPU, with as many threads as torch uses."""
+    _disable_telemetry()
     with naming_extra():
         import onnxruntime
     options = onnxruntime.SessionOptions()
@@ -234,6 +240,7 @@ def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]
 
 def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Copy an ONNX file to `target` with the weights of linear layers and token embeddings rounded to int8."""
+    _disable_telemetry()
     with naming_extra():
         import onnx
         import onnx_ir

@@ -165,7 +165,8 @@ def write_kept(shard: Shard, target: Path, kept: np.ndarray) -> None:
                 chosen = pa.Table.from_batches(runs, batch.schema).combine_chunks()  # `filter` can't copy string views
                 start += len(batch)
                 group += [chosen] if len(chosen) else []
-                size += len(chosen) + chosen.nbytes * _ROWS_PER_GROUP // _GROUP_BYTES
+                held = batch.nbytes if len(runs) == 1 else chosen.nbytes  # one run is not copied: it keeps the batch
+                size += len(chosen) + held * _ROWS_PER_GROUP // _GROUP_BYTES
                 if size >= _ROWS_PER_GROUP:
                     yield pa.concat_tables(group)
                     group, size = [], 0

@@ -37,7 +37,6 @@ from modular_star_encoder.evaluation.report import Row, Table, plot_quality, ver
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import Estimate, held_out_tasks
-from modular_star_encoder.inference.encoders import load_encoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training import runs
 from modular_star_encoder.training.distilling import load_teacher, teach, teaching_checksums, unpaired_texts
@@ -46,7 +45,7 @@ from modular_star_encoder.training.recipes import ClassificationRecipe, Finetuni
 from modular_star_encoder.training.starting_points import StartingPoint, add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_json, write_text
+from modular_star_encoder.utils.files import user_path, write_json, write_text
 from modular_star_encoder.utils.reports import markdown_table, without_places
 from modular_star_encoder.utils.settings import (
     Different,
@@ -406,12 +405,11 @@ class _Cells:
         check_objective(objective, arguments, start.config, start.config.exit_layers)
         return start, arguments, objective
 
-    def _start_checksums(self, recipe: FinetuningRecipe) -> dict[str, str | None]:
+    def _start_checksums(self, recipe: FinetuningRecipe, with_texts: bool) -> dict[str, str | None]:
         teaching = recipe.distillation
-        named = recipe.model, recipe.tokenizer, teaching and (teaching.teacher, teaching.texts)
+        named = recipe.model, recipe.tokenizer, with_texts, teaching and (teaching.teacher, teaching.texts)
         if named not in self._checksums:
-            teacher = None if teaching is None else load_encoder(teaching.teacher)
-            taught = teaching_checksums(teacher, unpaired_texts(teaching))
+            taught = teaching_checksums(teaching, unpaired_texts(teaching) if with_texts else ())
             own = runs.start_checksums(recipe)
             # Files of older versions have the model's checksum under this name.
             self._checksums[named] = {"checksum": own.pop("model_checksum"), **own, **taught}
@@ -420,8 +418,12 @@ class _Cells:
     def add(self, cell: AblationCell) -> bool:
         """Add the result of run `cell` to `results`, from its file or by training; return whether it was trained."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
-        made_from = {**without_places(recipe.to_dict()), **self._start_checksums(recipe)}
         known = path.is_file()
+        teaching = recipe.distillation
+        is_here = teaching is not None and os.path.isfile(user_path(teaching.texts or ""))
+        checksums = self._start_checksums(recipe, with_texts=is_here or not known)  # finished cells may come without it
+        made_from = without_places(recipe.to_dict())
+        made_from |= {name: value for name, value in checksums.items() if value or not known}
         if known:
             content = read_json(path, _Content)
             exits = [cell.kind[5:]] if cell.kind.startswith("exit-") else [*map(str, self.results.exits)]
@@ -432,7 +434,7 @@ class _Cells:
             runs.check_same(path, {**made_from, **content["recipe"]}, made_from, made_from)
         else:
             begun, now = self.out / "training" / cell.name / "recipe.json", time.strftime("%H:%M:%S")
-            if not begun.is_file() or read_json(begun) != made_from:
+            if not begun.is_file() or made_from | read_json(begun, dict) != made_from:
                 if any(begun.parent.glob("checkpoint-*")):
                     self.announce(f"{now} {cell.name}: removing checkpoints of another recipe or of an older version")
                 if begun.parent.exists():

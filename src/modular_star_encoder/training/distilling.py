@@ -23,7 +23,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.recipes import TeacherSettings
 from modular_star_encoder.training.starting_points import start_from_teacher
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import cache_folder, user_path
+from modular_star_encoder.utils.files import cache_folder, folder_checksum, user_path
 
 TEXTS_PER_SUM = 4096
 PAIRS_PER_TEXT = 2
@@ -74,10 +74,14 @@ def unpaired_texts(settings: TeacherSettings | None) -> list[str]:
     return list(open_texts(settings.texts, "text")) if settings and settings.texts else []
 
 
-def teaching_checksums(teacher: Encoder | None, unpaired: Sequence[str]) -> dict[str, str | None]:
-    """Return the checksums of a teacher and of unpaired texts, as a run's `start.json` has them."""
-    texts = hashlib.sha256(repr(unpaired).encode()).hexdigest() if unpaired else None
-    return {"teacher_checksum": None if teacher is None else teacher.checksum, "texts_checksum": texts}
+def teaching_checksums(settings: TeacherSettings | None, unpaired: Sequence[str]) -> dict[str, str | None]:
+    """Return checksums of the teacher's files, if it is a folder, and of unpaired texts, for a run's `start.json`."""
+    folder, digest = user_path(settings.teacher) if settings else None, hashlib.sha256()
+    for text in unpaired:
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    files = ("**/config.json", "**/tokenizer.json", "**/*.safetensors")
+    teacher = folder_checksum(folder, files) if folder and folder.is_dir() else None
+    return {"teacher_checksum": teacher, "texts_checksum": digest.hexdigest() if unpaired else None}
 
 
 def teach(

@@ -86,8 +86,9 @@ def finetune(
     if run.log is not None:
         return run.log
     teacher = None if teaching is None else load_teacher(teaching, start.config.projection_size)
-    unpaired = unpaired_texts(teaching)
-    run.check_start(teaching_checksums(teacher, unpaired))
+    with state.main_process_first():
+        unpaired = unpaired_texts(teaching)
+    run.check_start(teaching_checksums(teaching, unpaired))
     model, tokenizer = start.load()
     trained = add_adapters(model, recipe.lora)
     with state.main_process_first():

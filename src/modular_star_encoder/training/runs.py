@@ -178,10 +178,18 @@ def check_same(
 
 
 def start_checksums(recipe: TrainingRecipe) -> dict[str, str | None]:
-    """Return checksums of the `model` and of the `tokenizer` of a recipe, as a run's `start.json` has them."""
+    """Return checksums of the `model` and of the `tokenizer` of a recipe, as a run's `start.json` has them.
+
+    A repository on the Hub, where the newest commit may change no weights, counts only with `lora`: then checkpoints
+    hold only the adapters.
+    """
     own = recipe.tokenizer and ContentEncoder(load_tokenizer(recipe.tokenizer)).checksum
     source, has_weights = starting_source(recipe.model)
-    return {"model_checksum": checkpoint_checksum(source) if has_weights else None, "tokenizer_checksum": own}
+    counts = has_weights and (getattr(recipe, "lora", None) is not None or os.path.isdir(source))
+    return {"model_checksum": checkpoint_checksum(source) if counts else None, "tokenizer_checksum": own}
+
+
+_OLD_NAMES = {"weights": "model_checksum", "rows": "data_checksum"}  # in `start.json` of older versions
 
 
 def hold(out: Path) -> contextlib.ExitStack:
@@ -225,7 +233,8 @@ class Run:
         """Keep checksums for `begin` to write; UserError (as in `check_same`) if a run with a checkpoint has others."""
         self._start, file = {**self._start, **checksums}, self._out / "start.json"
         if self._trained and file.is_file():
-            before = {**checksums, **read_record(file, "training.run.damaged")}
+            stored = read_record(file, "training.run.damaged")
+            before = {**checksums, **{_OLD_NAMES.get(name, name): value for name, value in stored.items()}}
             advice = ", or restore the files that this run was trained with"
             check_same(self._out, before, checksums, checksums, advice)
 

@@ -6,8 +6,8 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 from modular_star_encoder.utils.errors import UserError
@@ -39,7 +39,7 @@ class IgnoreFiles:
 
     def _enter(self, folder: "_Folder", path: str) -> "_Folder":
         inner = folder.inner(path)
-        known = len(folder.rules) if inner.repository is folder.repository else 0
+        known = len(folder.rules) if inner.repository is folder.repository else len(_user_rules())
         added = (rule.expression.pattern for rule in inner.rules[known:])
         self._work += sum(50 + len(pattern) + 100 * pattern.count(b"[") for pattern in added)
         if self._work > MOST_WORK:
@@ -90,8 +90,8 @@ class _Folder:
         rules, repository, inherited = self.rules, self.repository, self.inherited
         if os.path.lexists(os.path.join(path, ".git")):
             repository, inherited = _Repository(Path(path)), None
-            own = user_path(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "git", "ignore")  # the user's
-            rules = (*_rules(os.fspath(own), path), *_rules(repository.exclude, path))
+            base = os.path.join(os.fsencode(path), b"")
+            rules = (*(replace(rule, base=base) for rule in _user_rules()), *_rules(repository.exclude, path))
         for name in _IGNORE_FILES:
             file = os.path.join(path, name)
             rules += () if os.path.islink(file) else tuple(_rules(file, path))
@@ -171,6 +171,21 @@ def beginning(file: str | os.PathLike[str], size: int, *, links: bool = True) ->
 def _content(file: str | os.PathLike[str], most: int = _MAX_BYTES) -> bytes:
     content = beginning(file, most + 1) or b""
     return content if len(content) <= most else b""
+
+
+def _user_rules() -> tuple[_Rule, ...]:
+    """Return the rules of the user's own ignore file, for paths below any folder; read again only if it has changed."""
+    file = os.fspath(user_path(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "git", "ignore"))
+    try:
+        stamp = os.stat(file).st_mtime_ns
+    except OSError:
+        return ()
+    return _rules_of(file, stamp)
+
+
+@lru_cache(maxsize=1)
+def _rules_of(file: str, stamp: int) -> tuple[_Rule, ...]:
+    return tuple(_rules(file, ""))
 
 
 def _rules(file: str, folder: str) -> list[_Rule]:
