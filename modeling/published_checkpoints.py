@@ -57,8 +57,9 @@ def read_published_layout(
     """Return the class that loads a checkpoint, and the keyword arguments for the `from_pretrained` of this class.
 
     For a published checkpoint, the arguments have a complete `config` and a `key_mapping` of its tensor names to ours.
-    If `model_class` is our base class, or is the trunk because `AutoModel` does not know the published class name, the
-    class is chosen by the tensors in the file. ValueError if the tensors are not those of a published checkpoint.
+    If `model_class` is our base class, the tensors in the file choose the class. So they do if it is the class of the
+    trunk, which `AutoModel` takes for class names that it does not know. ValueError if the tensors are not those of a
+    published checkpoint.
     """
     kwargs = dict(kwargs)
     if path is None:
@@ -86,7 +87,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return a published checkpoint's configuration, with its fields in `kwargs` (popped) set; else None."""
+    """Return a published checkpoint's configuration, changed by fields in `kwargs` (popped); None for others."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None

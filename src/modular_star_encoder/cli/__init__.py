@@ -99,7 +99,7 @@ def checkpoint(text: str) -> str:
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, /, **defaults: Any
 ) -> argparse.ArgumentParser:
-    """Add a command to the subparsers `commands`; return its parser. `run` gets the parsed arguments and `defaults`."""
+    """Add a command to the subparsers `commands`; return its parser. `run` gets what it parses, plus `defaults`."""
     parser = commands.add_parser(name, help=help)
     parser.set_defaults(run=run, **defaults)
     return parser

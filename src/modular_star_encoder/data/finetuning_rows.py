@@ -169,7 +169,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> _Frame:
-    """Return (token ids before, token ids after) a text with `prompt`; UserError if `max_tokens` is too small."""
+    """Return (ids of the tokens before a text, ids of those after it); UserError without room for it."""
     ids = tokenizer(prompt)["input_ids"]
     is_closed = ids[-1:] == [tokenizer.cls_token_id]
     if not is_closed and not adds_no_tokens(tokenizer):

@@ -206,7 +206,7 @@ class PairSampler:
             if found := self._draw_repositories(rng, cell) or self._draw_repositories(rng, any_length):
                 break
         else:
-            raise RuntimeError("No two repositories have texts in the same languages: leave out rare languages.")
+            raise RuntimeError("Too few repositories share a language: leave out the languages of only one repository.")
         first, partner = self._draw_texts(rng, found[0], cell)
         first_alternative, stranger = self._draw_texts(rng, found[1], cell)
         longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))

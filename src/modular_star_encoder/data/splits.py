@@ -308,14 +308,15 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    In each epoch, the groups of rows (see `PairGroups`) come in a new random order. Each group gives one pair, in each
-    epoch from its next row. Text → code and code → code pairs alternate if there are both. A batch has at most one pair
-    of a group, because two would be false negatives of each other. So a random unused group replaces a group that would
-    come twice, and the hard negative of a random other row replaces a hard negative whose group is in the batch.
+    In each epoch, the groups of rows (see `PairGroups`) come in a new random order. Each group gives one pair; in
+    each epoch it is the group's next row. Text → code and code → code pairs alternate if there are both. A batch has at
+    most one pair of a group, because two would be false negatives of each other. So a random unused group replaces a
+    group that would come twice, and the hard negative of a random other row replaces a hard negative whose group is in
+    the batch.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: pairs per step in all processes together; must be even if `groups` has both kinds of pairs."""
+        """`batch_size`: pairs per step in all processes; an even number if `groups` has both kinds of pairs."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative

@@ -108,7 +108,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Return the ranks of J relevant documents; `above[j]` documents have the score of document j or a higher score."""
+    """Return the ranks of J relevant documents; `above[j]` counts documents with the score of j or higher."""
     order = np.lexsort((-scores, judgements.query))
     query, ordered = judgements.query[order], scores[order]
     # Relevant documents with equal scores get successive ranks: those that follow in `order` don't count.

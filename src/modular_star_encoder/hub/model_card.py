@@ -35,7 +35,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with one row for each of the exits and each other retriever
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of only the exits in `parameters`, {exit_layer: number of parameters}."""
+        """Return only the measurements of exits that are keys of `parameters` ({exit_layer: number of parameters})."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}

@@ -219,7 +219,7 @@ def question_stems(question: str) -> list[str]:
 
 
 def best_line(snippet: Snippet, question: str) -> int:
-    """Return the 1-based line to show: `snippet.line`; in a later part of a long function, the most similar line."""
+    """Return the 1-based line to show: `snippet.line`; of a function's later part, the line most like the question."""
     if snippet.name.rpartition(".")[2] in ("", *snippet.defines):
         return snippet.line
     wanted = set(question_stems(question))

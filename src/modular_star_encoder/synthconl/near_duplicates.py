@@ -384,13 +384,13 @@ def _decide(
 ) -> NearDuplicates:
     """Return which rows are kept.
 
-    Equal rows count as one distinct row. `near` has (pairs of near distinct rows, similarities); `near_others` has the
-    same for pairs of a distinct row and a text of `against`.
+    Equal rows count as one distinct row. `near` has (pairs of distinct rows that are near, similarities); `near_others`
+    has the same for pairs of a distinct row and a text of `against`.
 
     1. Rows near a text of `against` are dropped. They belong to no cluster.
     2. The other rows form clusters: rows linked by near pairs or equality, directly or through others, share a cluster.
-    3. Each cluster keeps its row of smallest id. In a cluster of more than `giant_cluster` distinct rows, taken in the
-       order of their ids, a row is dropped only if it is equal or near to a row kept before it.
+    3. Each cluster keeps its row of smallest id. But in a cluster of more than `giant_cluster` distinct rows, the
+       rows are visited in the order of their ids, and one is dropped only if it is equal or near to a row already kept.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

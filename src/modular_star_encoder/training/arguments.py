@@ -107,7 +107,8 @@ class MultiExitTrainingArguments(TrainingArguments):
         """Return the learning rate at an optimiser step (counted from 0) as a fraction of the peak, `learning_rate`.
 
         The fraction rises to 1 over `warmup_steps` and stays 1 until `milestones[0]`. From step `milestones[i]` on,
-        the fraction is `fractions[i]`. A `warmup_steps` below 1 is a share of `max_steps`, by default the argument.
+        the fraction is `fractions[i]`. A `warmup_steps` below 1 is a share of `max_steps`, if given,
+        else of the training argument of that name.
 
         In pre-training, the paper (arXiv 2503.03008) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and
         0.001 at steps 120k, 185k, 220k, 230k and 240k of 245k. The paper does not say whether the factors multiply.

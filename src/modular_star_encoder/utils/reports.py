@@ -40,7 +40,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Describe this machine: processor, cores, torch's threads, memory_gb (or None); on CUDA gpu, gpu_memory_gb."""
+    """Return {name: value}: processor, cores, torch's threads, memory_gb (or None); with CUDA gpu and gpu_memory_gb."""
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
