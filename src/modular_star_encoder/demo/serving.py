@@ -208,7 +208,7 @@ def _is_question(body: bytes) -> bool:
 
 
 def repository_links(address: str) -> LinkTo:
-    """Return a `LinkTo` of addresses below `address`, such as a repository's; UserError if it is no web address."""
+    """Return a `LinkTo` of addresses below `address`, such as a repository's; UserError if it is not a web address."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         example = "https://github.com/OWNER/NAME/blob/REVISION/src"

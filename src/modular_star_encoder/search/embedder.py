@@ -18,7 +18,7 @@ from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum
 
-_KEPT_EMBEDDINGS = 4096  # with their texts, about 10 MB for two exits
+_KEPT_EMBEDDINGS = 4096  # with their texts, about 20 MB for two exits
 _FEW_TEXTS = 64  # numpy embeds at most this many at exits above 0: for so few, importing torch would take longer
 
 # Files of a repository that a search may read.

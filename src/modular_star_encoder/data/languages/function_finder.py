@@ -204,7 +204,7 @@ class _Finder:
         return FoundFunction(self._source.line(start), name, description, code, text, first, last)
 
     def _end_of_heredocs(self, end: int) -> int:
-        """Return the offset after the heredocs that begin on a Ruby method's last line; `end` if there are none."""
+        """Return the offset after the heredocs that begin on a Ruby method's last line, or `end`."""
         line_end = self._source.bytes.find(b"\n", end)
         while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
             end = line_end = self._heredocs[line_end]

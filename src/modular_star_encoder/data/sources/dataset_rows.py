@@ -262,7 +262,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
-    """Return a dataset's column names (for JSON Lines, of the first 100 rows); UserError if there are none."""
+    """Return a dataset's column names (for JSON Lines, of the first 100 rows); UserError if it has no names."""
     files = _files(source, SUFFIXES, options.get("split", "train"))
     are_local = bool(files) and all(map(os.path.isfile, files))
     rows: Rows

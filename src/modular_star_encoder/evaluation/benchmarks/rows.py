@@ -47,7 +47,7 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the files that `find_files` finds; if there are none, raise FileNotFoundError with the file patterns."""
+    """Return the files that `find_files` finds; if it finds no file, raise FileNotFoundError with the patterns."""
     if not (found := find_files(folder, patterns)):
         raise FileNotFoundError(f"{folder} lacks the files of the benchmark: expected {' or '.join(patterns)}.")
     return found
